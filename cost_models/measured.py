@@ -1,0 +1,216 @@
+"""Nodes run on real tensors: the time each takes, and what its kernel allocates for itself.
+
+Every distinct node (op, layouts, constants) runs alone on made-up inputs of the recorded sizes. The
+allocator's events, as torch's profiler records them in order, give the peak during the op; the
+*workspace* is that peak less what remains allocated after it.
+"""
+
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
+
+from graphopt.cost_models.calibrate import (
+    DEFAULT_CACHE,
+    cache_file,
+    cpu_model,
+    physical_memory_bytes,
+    read_json,
+    write_json,
+)
+from graphopt.cost_models.calls import Call, call_of, make
+
+_SLOW_S = 0.2  # an op that takes longer is not repeated
+_SHORT_S = 2e-3  # an op is repeated until its runs took this long
+_MARK = "graphopt.probe "
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """What one run of a node showed.
+
+    `seconds` is the least time, None where the node could not be run (`remark` says why);
+    `workspace_bytes` is what was allocated besides the `retained_bytes`, which remain: the outputs.
+    """
+
+    seconds: float | None
+    workspace_bytes: int = 0
+    retained_bytes: int = 0
+    remark: str = ""
+
+
+def probe(
+    nodes: Iterable[fx.Node], *, repeats: int = 3, cache: Path | None = DEFAULT_CACHE
+) -> dict[str, Probe]:
+    """Run each distinct node that can be run alone; the result is by `probe_key`.
+
+    Views, collectives, higher-order ops, custom ops, and ops whose output sizes depend on their
+    values are left out. The random number generators are as before afterwards. Results are kept
+    in the folder `cache` per device and version of torch; None keeps nothing.
+    """
+    found = (call_of(node) for node in nodes)
+    calls = {call.key: call for call in found if call is not None}
+    probes: dict[str, Probe] = {}
+    for device in dict.fromkeys(call.device for call in calls.values()):
+        here = {key: call for key, call in calls.items() if call.device == device}
+        path = None if cache is None else cache_file(cache, "probes", _device_key(device))
+        kept = {} if path is None else _read(path)
+        missing = {key: call for key, call in here.items() if key not in kept}
+        fresh = _measure(missing, device, repeats) if missing else {}
+        probes |= {key: kept[key] if key in kept else fresh[key] for key in here}
+        if path is not None and fresh:
+            _write(path, {**_read(path), **fresh})
+    return probes
+
+
+def probe_key(node: fx.Node) -> str | None:
+    """The key of `node` in the result of `probe`; None for a node that is never probed."""
+    call = call_of(node)
+    return None if call is None else call.key
+
+
+def workspaces(nodes: Iterable[fx.Node], probes: Mapping[str, Probe]) -> dict[str, int]:
+    """The workspace of each node in bytes, by the node's name; nodes without one are left out."""
+    found = {node.name: probes.get(probe_key(node) or "") for node in nodes}
+    return {
+        name: item.workspace_bytes for name, item in found.items() if item and item.workspace_bytes
+    }
+
+
+def _measure(calls: Mapping[str, Call], device: torch.device, repeats: int) -> dict[str, Probe]:
+    """Time every call, then run each once more under one profiler session for its memory."""
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return dict.fromkeys(calls, Probe(None, remark=f"there is no device {device} here"))
+    probes: dict[str, Probe] = {}
+    with _undisturbed(device):
+        for key, call in calls.items():
+            seconds, remark = _time(call, device, repeats)
+            probes[key] = Probe(seconds, remark=remark)
+        timed = [key for key, item in probes.items() if item.seconds is not None]
+        peaks = _profile([calls[key] for key in timed], device)
+        for key, memory in zip(timed, peaks, strict=True):
+            seconds = probes[key].seconds
+            if memory is None:
+                probes[key] = Probe(seconds, remark="the profiler recorded nothing")
+            else:
+                peak, retained = memory
+                probes[key] = Probe(seconds, peak - max(retained, 0), max(retained, 0))
+    return probes
+
+
+@contextmanager
+def _undisturbed(device: torch.device) -> Iterator[None]:
+    """Real tensors, no autograd, no autocast, and the random number generators put back."""
+    devices = [device.index or 0] if device.type == "cuda" else []
+    with ExitStack() as stack:
+        stack.enter_context(_disable_current_modes())
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+        stack.enter_context(torch.random.fork_rng(devices=devices))
+        yield
+
+
+def _time(call: Call, device: torch.device, repeats: int) -> tuple[float | None, str]:
+    """The least seconds of `repeats` runs after a first one; or None and why it cannot run."""
+    size_bytes = sum(spec.elements * spec.dtype.itemsize for spec in call.specs)
+    if size_bytes > _limit_bytes(device):
+        return None, f"its inputs of {size_bytes} bytes are too large to be made up here"
+    try:
+        args, kwargs = pytree.tree_map(make, (call.args, call.kwargs))
+        runs = [_seconds(call, args, kwargs, device)]
+        while (len(runs) <= repeats and runs[0] < _SLOW_S) or sum(runs) < _SHORT_S:
+            runs.append(_seconds(call, args, kwargs, device))
+    except Exception as error:  # whatever a kernel raises on made-up values
+        return None, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    return min(runs), ""
+
+
+def _seconds(call: Call, args: Any, kwargs: Any, device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    result = call.op(*args, **kwargs)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    seconds = time.perf_counter() - start
+    del result
+    return seconds
+
+
+def _profile(calls: list[Call], device: torch.device) -> list[tuple[int, int] | None]:
+    """Peak and remaining bytes of each call above what was allocated before it."""
+    found: list[tuple[int, int] | None] = [None] * len(calls)
+    if torch.autograd._profiler_enabled():  # a second session would end the caller's
+        return found
+    try:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as session:
+            for index, call in enumerate(calls):
+                args, kwargs = pytree.tree_map(make, (call.args, call.kwargs))
+                with record_function(f"{_MARK}{index}"):
+                    result = call.op(*args, **kwargs)
+                del result, args, kwargs
+        roots = session.profiler.kineto_results.experimental_event_tree()
+    except RuntimeError:  # a kernel ran out of memory
+        return found
+    for event in roots:
+        if event.name.startswith(_MARK):
+            found[int(event.name.removeprefix(_MARK))] = _peak_and_rest(event, device)
+    return found
+
+
+def _peak_and_rest(root: Any, device: torch.device) -> tuple[int, int]:
+    """Largest and last sum of the allocations below an event of the profiler's tree, in order."""
+    events = sorted(_allocations(root, device), key=lambda event: event.start_time_ns)
+    peak = live = 0
+    for event in events:
+        live += event.extra_fields.alloc_size
+        peak = max(peak, live)
+    return peak, live
+
+
+def _allocations(event: Any, device: torch.device) -> Iterator[Any]:
+    fields = event.extra_fields
+    if isinstance(fields, torch._C._profiler._ExtraFields_Allocation):
+        if fields.device.type == device.type:
+            yield event
+        return
+    for child in event.children:
+        yield from _allocations(child, device)
+
+
+def _limit_bytes(device: torch.device) -> int:
+    """The most that inputs may take: a quarter of the device's memory."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory // 4
+    return physical_memory_bytes() // 4
+
+
+def _device_key(device: torch.device) -> str:
+    if device.type == "cuda" and torch.cuda.is_available():
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{cpu_model()}, {torch.get_num_threads()} threads"
+    return f"{device.type} {name}, torch {torch.__version__}"
+
+
+def _read(path: Path) -> dict[str, Probe]:
+    return {key: Probe(*values) for key, values in (read_json(path) or {}).items()}
+
+
+def _write(path: Path, probes: Mapping[str, Probe]) -> None:
+    known = {key: item for key, item in probes.items() if not item.remark}
+    write_json(
+        path,
+        {
+            key: (item.seconds, item.workspace_bytes, item.retained_bytes)
+            for key, item in known.items()
+        },
+    )

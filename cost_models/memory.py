@@ -1,0 +1,256 @@
+"""Memory as a pure function of a program and an order: which storages live when, to the byte.
+
+A `Dataflow` is the program reduced to what memory depends on: operators that allocate, and the
+storages (`values`) they read and write. Views vanish into the storage they look at.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from graphopt import ops
+from graphopt.cost_models.nodes import FREE, NodeCost
+from graphopt.program import Program, Role, leaves, tensors_of
+
+NO_PRODUCER = -1  # exists before the step and stays: a parameter, a batch
+EXTERNAL = -2  # in a part of a dataflow: made by another part
+CUDA_STATE_BYTES = 16  # seed and offset of the Philox generator
+
+
+@dataclass(frozen=True)
+class Value:
+    """One storage. `producer` is the index of its operator, or -1 where it exists before the step."""
+
+    nbytes: int
+    producer: int
+    label: str
+
+
+@dataclass(frozen=True)
+class Operator:
+    """An operator that allocates: which values it reads and writes, and what running it costs.
+
+    `reusable` are the values that the operator may write its (single) result over where it is the
+    last to read them. An `anchored` operator of the backward runs once, in its place; the others run
+    when what they make is asked for. `state` is the value that holds the generator's state before a
+    random operator; it exists only where the operator is replayed.
+    """
+
+    name: str
+    reads: tuple[int, ...]
+    writes: tuple[int, ...]
+    reusable: tuple[int, ...]
+    seconds: float
+    flops: int
+    workspace_bytes: int
+    backward: bool
+    anchored: bool
+    recomputable: bool
+    state: int | None
+
+
+@dataclass(frozen=True)
+class Dataflow:
+    """Operators in program order, and their values.
+
+    `value_of` gives the values behind each node (one per tensor of its value); `late` names the nodes
+    of the backward. `outputs` and `gradients` are the values that forward and backward return.
+    """
+
+    operators: tuple[Operator, ...]
+    values: tuple[Value, ...]
+    value_of: Mapping[str, tuple[int, ...]]
+    late: frozenset[str]
+    outputs: tuple[int, ...]
+    gradients: tuple[int, ...]
+    static_bytes: int
+
+    @property
+    def forward(self) -> range:
+        """Indices of the forward's operators."""
+        return range(
+            next((i for i, o in enumerate(self.operators) if o.backward), len(self.operators))
+        )
+
+
+def dataflow(
+    program: Program,
+    costs: Mapping[str, NodeCost] | None = None,
+    workspace: Mapping[str, int] | None = None,
+) -> Dataflow:
+    """The storages and operators of `program`, with `costs` and kernel scratch `workspace` (bytes)."""
+    return _Builder(program, costs or {}, workspace or {}).build()
+
+
+class _Builder:
+    def __init__(
+        self, program: Program, costs: Mapping[str, NodeCost], workspace: Mapping[str, int]
+    ) -> None:
+        self.program = program
+        self.costs = costs
+        self.workspace = workspace
+        self.values: list[Value] = []
+        self.operators: list[Operator] = []
+        self.value_of: dict[str, tuple[int, ...]] = {}
+        self.gradient_nodes = {g for g in program.gradients if isinstance(g, fx.Node)}
+        self.tainted: set[fx.Node] = set()
+        self.mutated: set[int] = set()
+        self.mutated_names = {i.name for i in program.inputs if i.mutated}
+
+    def build(self) -> Dataflow:
+        nodes = [n for n in self.program.graph.nodes if n.op != "output"]
+        backward = _backward_nodes(self.program)
+        for late in (False, True):
+            for node in nodes:
+                if (node in backward) is late:
+                    self._visit(node, late)
+        return Dataflow(
+            tuple(self.operators),
+            tuple(self.values),
+            self.value_of,
+            frozenset(n.name for n in backward),
+            self._values_behind(self.program.forward_outputs),
+            self._values_behind(self.program.gradients),
+            sum(v.nbytes for v in self.values if v.producer == NO_PRODUCER),
+        )
+
+    def _values_behind(self, outputs: tuple[object, ...]) -> tuple[int, ...]:
+        found = [v for o in outputs if isinstance(o, fx.Node) for v in self.value_of[o.name]]
+        return tuple(dict.fromkeys(found))
+
+    def _new(self, nbytes: int, producer: int, label: str) -> int:
+        self.values.append(Value(nbytes, producer, label))
+        return len(self.values) - 1
+
+    def _visit(self, node: fx.Node, backward: bool) -> None:
+        inputs = node.all_input_nodes
+        if (
+            any(n in self.tainted for n in inputs)
+            or self.program.roles.get(node.name) is Role.TANGENT
+        ):
+            self.tainted.add(node)
+        mine, written = [], []
+        for leaf in leaves(node):
+            if leaf.alias is None:
+                producer = (
+                    NO_PRODUCER if node.op in ("placeholder", "get_attr") else len(self.operators)
+                )
+                nbytes = 0 if self.program.roles.get(node.name) is Role.TANGENT else leaf.nbytes
+                label = node.name if len(leaves(node)) == 1 else f"{node.name}[{len(mine)}]"
+                mine.append(self._new(nbytes, producer, label))
+                written.append(mine[-1])
+            else:
+                position, index = leaf.alias
+                mine.append(self.value_of[inputs[position].name][index])
+        self.value_of[node.name] = tuple(mine)
+        if node.name in self.mutated_names:
+            self.mutated.update(mine)
+        is_operator = node.op not in ("placeholder", "get_attr")
+        if is_operator and (written or ops.mutates(node.target)):
+            self.operators.append(self._operator(node, tuple(written), backward))
+
+    def _operator(self, node: fx.Node, written: tuple[int, ...], backward: bool) -> Operator:
+        reads = dict.fromkeys(v for n in node.all_input_nodes for v in self.value_of[n.name])
+        cost = self.costs.get(node.name, FREE)
+        recomputable = ops.may_recompute(node) and (
+            self.mutated.isdisjoint(reads) or ops.replay_form(node) is not None
+        )
+        returns = not self.gradient_nodes.isdisjoint({node, *_views(node)})
+        return Operator(
+            node.name,
+            tuple(reads),
+            written,
+            tuple(self._reusable(node)),
+            cost.seconds,
+            cost.flops,
+            self.workspace.get(node.name, 0),
+            backward,
+            backward and (node in self.tainted or returns or not recomputable),
+            recomputable,
+            self._state(node),
+        )
+
+    def _state(self, node: fx.Node) -> int | None:
+        if not ops.is_random(node):
+            return None
+        return self._new(rng_state_nbytes(node), len(self.operators), f"{node.name}:generator")
+
+    def _reusable(self, node: fx.Node) -> list[int]:
+        found = []
+        for position in ops.overwrite_positions(node.target):
+            operand = node.args[position]
+            if isinstance(operand, fx.Node) and may_overwrite(node, operand):
+                value = self.value_of[operand.name][0]
+                others = [n for n in node.all_input_nodes if n is not operand]
+                if all(value not in self.value_of[n.name] for n in others):
+                    found.append(value)
+        return found
+
+
+def rng_state_nbytes(node: fx.Node) -> int:
+    """Bytes of the saved state of the generator that `node` draws from."""
+    tensor = next((t for t in tensors_of(node) if t is not None), None)
+    cuda = tensor is not None and tensor.device.type == "cuda"
+    return CUDA_STATE_BYTES if cuda else torch.get_rng_state().nbytes
+
+
+def may_overwrite(node: fx.Node, operand: fx.Node) -> bool:
+    """True where the result of `node` has exactly the layout of `operand`, which fills its storage."""
+    result, source = tensors_of(node)[0], tensors_of(operand)[0]
+    if result is None or source is None:
+        return False
+    return (
+        result.dtype == source.dtype
+        and result.shape == source.shape
+        and result.stride() == source.stride()
+        and source.numel() * source.element_size() == leaves(operand)[0].nbytes
+        and _is_dense(source)
+    )
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    """True where every element has a place of its own and there are no gaps between them."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _views(node: fx.Node) -> set[fx.Node]:
+    """Nodes that look at the storages of `node`, directly or through other views."""
+    found: set[fx.Node] = set()
+    stack = [node]
+    while stack:
+        current = stack.pop()
+        for user in current.users:
+            if user not in found and any(
+                leaf.alias is not None and user.all_input_nodes[leaf.alias[0]] is current
+                for leaf in leaves(user)
+            ):
+                found.add(user)
+                stack.append(user)
+    return found
+
+
+def _backward_nodes(program: Program) -> set[fx.Node]:
+    """Nodes that belong to the backward: made by it or after a tangent, and not needed before it."""
+    needed: set[fx.Node] = set()
+    stack = [o for o in program.forward_outputs if isinstance(o, fx.Node)]
+    while stack:
+        node = stack.pop()
+        if node not in needed:
+            needed.add(node)
+            stack.extend(node.all_input_nodes)
+    late: set[fx.Node] = set()
+    for node in program.operators():
+        made_by_backward = node.meta.get("partitioner_tag") == "is_backward"
+        after_tangent = any(
+            n in late or program.roles.get(n.name) is Role.TANGENT for n in node.all_input_nodes
+        )
+        if node not in needed and (made_by_backward or after_tangent):
+            late.add(node)
+    return late

@@ -1,0 +1,168 @@
+"""Orders of execution and the memory they take: forward, backward with recomputation, and its peak.
+
+Every forward value has one of three labels. A *kept* value stays from the forward to its last use. A
+*held* value is recomputed once, just before its first use in the backward, and stays to its last. An
+*ephemeral* value is recomputed again for each operator of the backward that asks for it.
+"""
+
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from graphopt.cost_models.memory import NO_PRODUCER, Dataflow
+
+
+@dataclass(frozen=True)
+class Step:
+    """One run of an operator (an index) and the values that exist afterwards because of it.
+
+    An operator that is run again for one of its results makes the others a second time; those are
+    freed at once and are not in `makes`.
+    """
+
+    operator: int
+    makes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """Bytes alive while each step runs (`during`), and after it (`after`); static bytes excluded.
+
+    `reused` says for each step which value it writes its result over (None: none).
+    """
+
+    steps: tuple[Step, ...]
+    during: tuple[int, ...]
+    after: tuple[int, ...]
+    reused: tuple[int | None, ...]
+    last_read: tuple[tuple[int, ...], ...]
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most bytes alive at once."""
+        return max(self.during, default=0)
+
+
+def forward_steps(flow: Dataflow, keep: Collection[int]) -> list[Step]:
+    """The operators that the outputs and the kept values need, in program order."""
+    wanted = set(flow.outputs) | set(keep)
+    needed: set[int] = set()
+    for index in reversed(flow.forward):
+        operator = flow.operators[index]
+        states = () if operator.state is None else (operator.state,)
+        if not operator.recomputable or any(w in wanted for w in (*operator.writes, *states)):
+            needed.add(index)
+            wanted.update(operator.reads)
+    steps = []
+    for index in sorted(needed):
+        operator = flow.operators[index]
+        state = () if operator.state is None or operator.state not in keep else (operator.state,)
+        steps.append(Step(index, operator.writes + state))
+    return steps
+
+
+def anchors(flow: Dataflow) -> list[int]:
+    """The operators of the backward that run once, in program order."""
+    return [i for i, o in enumerate(flow.operators) if o.backward and o.anchored]
+
+
+def backward_steps(
+    flow: Dataflow, keep: Collection[int], ephemeral: Collection[int], order: Iterable[int]
+) -> list[Step]:
+    """The backward: the anchored operators of `order`, each preceded by what it needs recomputed."""
+    live = set(keep)
+    steps: list[Step] = []
+    for anchor in order:
+        operator = flow.operators[anchor]
+        dropped: list[int] = []
+        for value in operator.reads:
+            if value not in live:
+                _recompute(flow, value, live, ephemeral, steps, dropped)
+        steps.append(Step(anchor, operator.writes))
+        live.update(operator.writes)
+        live.difference_update(dropped)
+    return steps
+
+
+def _recompute(
+    flow: Dataflow,
+    value: int,
+    live: set[int],
+    ephemeral: Collection[int],
+    steps: list[Step],
+    dropped: list[int],
+) -> None:
+    """Append the steps that make `value` from live values, depth first."""
+    producer = flow.values[value].producer
+    if producer == NO_PRODUCER:
+        return
+    stack: list[tuple[int, Iterator[int]]] = [(producer, iter(flow.operators[producer].reads))]
+    while stack:
+        index, reads = stack[-1]
+        source = next(
+            (r for r in reads if r not in live and flow.values[r].producer != NO_PRODUCER), None
+        )
+        if source is not None:
+            below = flow.values[source].producer
+            stack.append((below, iter(flow.operators[below].reads)))
+            continue
+        stack.pop()
+        made = tuple(w for w in flow.operators[index].writes if w not in live)
+        if made:
+            steps.append(Step(index, made))
+            live.update(made)
+            dropped.extend(w for w in made if w in ephemeral)
+
+
+def simulate(
+    flow: Dataflow,
+    steps: Sequence[Step],
+    start: Collection[int],
+    end: Collection[int],
+    owned: Collection[int] = (),
+) -> Timeline:
+    """Live bytes of `steps`, run with `start` alive before them and `end` alive after them.
+
+    Values are freed after their last read; an operator that is the last to read a value of its own
+    result's layout, made by one of the steps or in `owned`, writes over it.
+    """
+    deaths = _deaths(flow, steps, end)
+    values, operators = flow.values, flow.operators
+    mine = set(owned)
+    live = sum(values[v].nbytes for v in start)
+    during, after, reused = [], [], []
+    for step, (dying, unused) in zip(steps, deaths, strict=True):
+        operator = operators[step.operator]
+        over = next((v for v in operator.reusable if v in dying and v in mine), None)
+        made = sum(values[v].nbytes for v in step.makes)
+        if over is None or len(operator.writes) != 1 or not step.makes:
+            over = None
+            again = sum(values[v].nbytes for v in operator.writes if v not in step.makes)
+            during.append(live + made + again + operator.workspace_bytes)
+        else:
+            during.append(live + operator.workspace_bytes)
+        live += made - sum(values[v].nbytes for v in dying) - sum(values[v].nbytes for v in unused)
+        mine.update(step.makes)
+        mine.difference_update(dying)
+        after.append(live)
+        reused.append(over)
+    reads = tuple(tuple(sorted(dying)) for dying, _ in deaths)
+    return Timeline(tuple(steps), tuple(during), tuple(after), tuple(reused), reads)
+
+
+def _deaths(
+    flow: Dataflow, steps: Sequence[Step], end: Collection[int]
+) -> list[tuple[frozenset[int], tuple[int, ...]]]:
+    """For each step: the values it is the last to read, and those it makes that nobody reads."""
+    needed = set(end)
+    found: list[tuple[frozenset[int], tuple[int, ...]]] = []
+    for step in reversed(steps):
+        operator = flow.operators[step.operator]
+        unused = tuple(v for v in step.makes if v not in needed)
+        needed.difference_update(step.makes)
+        dying = frozenset(
+            v for v in operator.reads if v not in needed and flow.values[v].producer != NO_PRODUCER
+        )
+        needed.update(operator.reads)
+        found.append((dying, unused))
+    found.reverse()
+    return found

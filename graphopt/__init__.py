@@ -1,0 +1,78 @@
+"""graphopt: a training or inference step is a program; passes plan with cost models, then edit it.
+
+A public name is loaded when it is first used, so `import graphopt` does not load torch.
+"""
+
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from graphopt.api import OptimizedModule, optimize
+    from graphopt.cost_models.devices import GB, Cluster, Device, GiB
+    from graphopt.errors import CodegenError, GraphoptError, PlanError, TraceError, VerifyError
+    from graphopt.measurement import measure
+    from graphopt.passes.checkpoint import Checkpoint
+    from graphopt.program import Program
+    from graphopt.report import Report
+    from graphopt.tracing import trace
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GB",
+    "Checkpoint",
+    "Cluster",
+    "CodegenError",
+    "Device",
+    "GiB",
+    "GraphoptError",
+    "OptimizedModule",
+    "PlanError",
+    "Program",
+    "Report",
+    "TraceError",
+    "VerifyError",
+    "__version__",
+    "measure",
+    "optimize",
+    "trace",
+]
+
+# In a checkout the folders `passes`, `cost_models` and `codegen` stand beside this one; once built,
+# they are inside it.
+if not Path(__file__).with_name("passes").is_dir():
+    __path__.append(str(Path(__file__).parent.parent))
+
+# Public name -> the module that defines it.
+_LAZY = {
+    "Checkpoint": "graphopt.passes.checkpoint",
+    "Cluster": "graphopt.cost_models.devices",
+    "CodegenError": "graphopt.errors",
+    "Device": "graphopt.cost_models.devices",
+    "GB": "graphopt.cost_models.devices",
+    "GiB": "graphopt.cost_models.devices",
+    "GraphoptError": "graphopt.errors",
+    "OptimizedModule": "graphopt.api",
+    "PlanError": "graphopt.errors",
+    "Program": "graphopt.program",
+    "Report": "graphopt.report",
+    "TraceError": "graphopt.errors",
+    "VerifyError": "graphopt.errors",
+    "measure": "graphopt.measurement",
+    "optimize": "graphopt.api",
+    "trace": "graphopt.tracing",
+}
+
+if not TYPE_CHECKING:  # a type checker reads the imports above, and knows which names are there
+
+    def __getattr__(name):
+        if name not in _LAZY:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(import_module(_LAZY[name]), name)
+        globals()[name] = value
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted(globals().keys() | _LAZY.keys())

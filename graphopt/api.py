@@ -1,0 +1,277 @@
+"""The `optimize` call: the same model, within a memory budget, with a report."""
+
+import copy
+import functools
+import shutil
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from graphopt.capture import CaptureSettings
+from graphopt.cost_models.calibrate import calibrated_cpu
+from graphopt.cost_models.devices import KNOWN_DEVICES, Device, get_device
+from graphopt.errors import GraphoptError, TraceError
+from graphopt.passes.base import Pass
+from graphopt.passes.budget import Budget
+from graphopt.passes.checkpoint import Checkpoint
+from graphopt.report import Report
+from graphopt.runtime import Backend, Log, Settings
+
+COMPILERS = ("eager", "inductor", "auto")
+
+
+def optimize(
+    model: nn.Module | Callable[..., Any],
+    *,
+    memory: Budget = None,
+    activations: Budget = None,
+    passes: Sequence[Pass] | None = None,
+    loss: Callable[..., torch.Tensor] | None = None,
+    compiler: str = "eager",
+    device: str | Device | None = None,
+    fullgraph: bool = False,
+) -> Any:
+    """`model` (a module or a function), made to train within a memory budget.
+
+    The result of a module is a module of the same class that shares everything with it: parameters,
+    buffers, hooks, mode, attributes. The first call with new shapes captures, plans and compiles.
+
+    Args:
+        model: an `nn.Module`, or a function such as a whole loss computation.
+        memory: bound on the peak of the step, parameters and gradients included: bytes, "6GiB", a
+            share of the plain peak (0.4), "min", or None to recompute nothing heavy.
+        activations: bound on what the step allocates besides gradients, in the same forms.
+        passes: passes to run instead of `[Checkpoint(memory=memory, activations=activations)]`.
+        loss: for a model that computes no loss itself, `loss(output, target)`. The result is then
+            called as `model(..., target=y)` and returns the loss.
+        compiler: "eager" runs the planned graphs operator by operator, exactly; "inductor" hands
+            them to Inductor; "auto" chooses Inductor where a toolchain for it is there.
+        device: whose costs decide between recomputations: a name, a `Device`, or None for this one.
+        fullgraph: raise TraceError at a graph break instead of planning the parts.
+
+    Raises:
+        PlanError: a budget that cannot be met (with `reachable_bytes`), or one that is malformed.
+        TraceError: a model that cannot be captured; both at the first call.
+
+    >>> import torch
+    >>> net = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.ReLU(), torch.nn.Linear(32, 1))
+    >>> small = optimize(net, memory="1MiB", loss=torch.nn.functional.mse_loss, device="cpu-generic")
+    >>> small(torch.zeros(4, 8), target=torch.zeros(4, 1)).backward()
+    >>> net[0].weight.grad.shape
+    torch.Size([32, 8])
+    """
+    if not isinstance(model, nn.Module) and not callable(model):
+        raise TraceError(f"optimize takes a module or a function, not {type(model).__name__}")
+    settings = Settings(
+        _passes(passes, memory, activations), _compiler(compiler), _device(device, model)
+    )
+    state = _State(settings, fullgraph, loss, _name(model))
+    if isinstance(model, nn.Module):
+        return _optimized_module(model, state)
+    return OptimizedFunction(model, state)
+
+
+def _passes(
+    passes: Sequence[Pass] | None, memory: Budget, activations: Budget
+) -> tuple[Pass, ...]:
+    if passes is None:
+        return (Checkpoint(memory=memory, activations=activations),)
+    if memory is not None or activations is not None:
+        raise GraphoptError("give either passes= or a budget; a budget is short for one Checkpoint")
+    wrong = [p for p in passes if not isinstance(p, Pass)]
+    if wrong:
+        raise GraphoptError(f"passes= takes pass objects like graphopt.Checkpoint(), not {wrong[0]!r}")
+    return tuple(passes)
+
+
+def _compiler(name: str) -> str:
+    if name not in COMPILERS:
+        raise GraphoptError(f"compiler={name!r} is none of {', '.join(COMPILERS)}")
+    if name != "auto":
+        return name
+    has_triton = torch.cuda.is_available() and torch.utils._triton.has_triton()  # type: ignore[no-untyped-call]
+    has_cpp = any(shutil.which(compiler) for compiler in ("g++", "clang++"))
+    return "inductor" if has_triton or has_cpp else "eager"
+
+
+def _device(device: str | Device | None, model: Any) -> Device:
+    if isinstance(device, Device):
+        return device
+    if device is not None:
+        return get_device(device)
+    tensors = iter([*model.parameters(), *model.buffers()]) if isinstance(model, nn.Module) else iter(())
+    first = next(tensors, None)
+    if first is not None and first.device.type == "cuda":
+        return _cuda_device(first.device)
+    return calibrated_cpu()
+
+
+def _cuda_device(device: torch.device) -> Device:
+    name = torch.cuda.get_device_name(device).lower()
+    matching = [key for key in KNOWN_DEVICES if key in name.replace(" ", "")]
+    return get_device(max(matching, key=len) if matching else "a100")
+
+
+def _name(model: Any) -> str:
+    return type(model).__name__ if isinstance(model, nn.Module) else getattr(model, "__name__", "function")
+
+
+class _State:
+    """What an optimised callable has beside what it shares with the original."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        fullgraph: bool,
+        loss: Callable[..., torch.Tensor] | None,
+        name: str,
+    ) -> None:
+        self.settings = settings
+        self.fullgraph = fullgraph
+        self.loss = loss
+        self.name = name
+        self.log = Log()
+        self.capture_settings = CaptureSettings()
+        self.compiled: Callable[..., Any] | None = None
+        self.original: Any = None
+
+    def bind(self, function: Callable[..., Any]) -> None:
+        """Compile `function` (lazily, as torch.compile does), with the loss behind it."""
+        if self.loss is not None:
+            function = _with_loss(function, self.loss)
+        self.compiled = torch.compile(
+            function,
+            backend=Backend(self.settings, self.log),
+            dynamic=False,
+            fullgraph=self.fullgraph,
+        )
+
+    def call(self, args: Any, kwargs: Any) -> Any:
+        """Run; what goes wrong in capture or planning is raised once, as one of graphopt's errors."""
+        try:
+            with self.capture_settings:
+                return self.compiled(*args, **kwargs)  # type: ignore[misc]
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            inner = error.inner_exception
+            if isinstance(inner, GraphoptError):
+                inner.args = (f"{self.name}: {inner.args[0]}", *inner.args[1:])
+                raise inner from None
+            raise TraceError(f"{self.name} could not be captured: {inner}") from error
+        except torch._dynamo.exc.Unsupported as error:
+            reason = str(error).strip().splitlines()[0]
+            raise TraceError(f"{self.name} breaks into several graphs: {reason}") from error
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = str(error).strip().splitlines()[0]
+            raise TraceError(f"{self.name} could not be captured on these inputs: {reason}") from error
+
+    def report(self) -> Report:
+        """What happened so far."""
+        return Report.of(self.name, self.settings, self.log)
+
+
+def _with_loss(function: Callable[..., Any], loss: Callable[..., torch.Tensor]) -> Callable[..., Any]:
+    def with_loss(*args: Any, target: Any = None, **kwargs: Any) -> Any:
+        output = function(*args, **kwargs)
+        return output if target is None else loss(output, target)
+
+    return with_loss
+
+
+class OptimizedModule:
+    """What an optimised module has beside its own class: the report, and the planned forward.
+
+    Never made by itself: `optimize` returns an object of a class that derives from this one and from
+    the model's class, and shares the model's `__dict__`.
+    """
+
+    __slots__ = ()
+    _graphopt: _State
+
+    @property
+    def report(self) -> Report:
+        """What changed, what was predicted, what was measured."""
+        return self._graphopt.report()
+
+    @property
+    def original(self) -> nn.Module:
+        """The module that was optimised; it runs as it did."""
+        return self._graphopt.original  # type: ignore[no-any-return]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward, captured and planned."""
+        return self._graphopt.call(args, kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        state = self._graphopt
+        return _rebuilt(copy.deepcopy(state.original, memo), state.settings, state.fullgraph, state.loss)
+
+    def __reduce__(self) -> Any:
+        state = self._graphopt
+        return _rebuilt, (state.original, state.settings, state.fullgraph, state.loss)
+
+
+def _rebuilt(
+    model: nn.Module,
+    settings: Settings,
+    fullgraph: bool,
+    loss: Callable[..., torch.Tensor] | None,
+) -> nn.Module:
+    return _optimized_module(model, _State(settings, fullgraph, loss, _name(model)))
+
+
+def _optimized_module(model: nn.Module, state: _State) -> nn.Module:
+    if isinstance(model, OptimizedModule):
+        model = model.original
+    kind = _optimized_class(type(model))
+    result = kind.__new__(kind)
+    object.__setattr__(result, "__dict__", model.__dict__)
+    kind._graphopt.__set__(result, state)  # type: ignore[attr-defined]
+    state.original = model
+    state.bind(model.forward)
+    return result  # type: ignore[no-any-return]
+
+
+@functools.cache
+def _optimized_class(kind: type) -> Any:
+    """A subclass of `kind` whose instances have one more slot."""
+    members = {"__slots__": ("_graphopt",), "__module__": kind.__module__, "__doc__": kind.__doc__}
+    return type(kind.__name__, (OptimizedModule, kind), members)
+
+
+class OptimizedFunction:
+    """An optimised function: called as the original, with a report."""
+
+    def __init__(self, function: Callable[..., Any], state: _State) -> None:
+        functools.update_wrapper(self, function)
+        self._graphopt = state
+        state.original = function
+        state.bind(function)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._graphopt.call(args, kwargs)
+
+    @property
+    def report(self) -> Report:
+        """What changed, what was predicted, what was measured."""
+        return self._graphopt.report()
+
+
+def dynamo_backend(
+    module: fx.GraphModule, example_inputs: Sequence[Any], *, options: dict[str, Any] | None = None
+) -> Callable[..., Any]:
+    """The backend behind `torch.compile(model, backend="graphopt", options={...})`.
+
+    Options are those of `optimize`: memory, activations, passes, compiler, device.
+    """
+    given = dict(options or {})
+    known = {"memory", "activations", "passes", "compiler", "device"}
+    if unknown := sorted(set(given) - known):
+        raise GraphoptError(f"unknown option {unknown[0]!r}; known are {', '.join(sorted(known))}")
+    settings = Settings(
+        _passes(given.get("passes"), given.get("memory"), given.get("activations")),
+        _compiler(given.get("compiler", "eager")),
+        _device(given.get("device"), module),
+    )
+    return Backend(settings, Log())(module, example_inputs)

@@ -1,0 +1,109 @@
+"""Lowering to what runs in eager order: boxed modules that write over dead operands.
+
+An operator of the table in `graphopt.ops` whose operand dies with it and has the layout of the result
+writes the result over the operand. The arithmetic is the same, bit for bit; the allocation is gone.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import fx
+from torch.fx.graph import _BoxedCodeGen
+
+from graphopt import ops
+from graphopt.cost_models.memory import may_overwrite
+from graphopt.program import LEAVES, Leaf, leaves
+
+Storage = tuple[fx.Node, int]
+
+
+def boxed(module: fx.GraphModule) -> Callable[[list[Any]], Sequence[Any]]:
+    """`module` as a callable that takes its arguments in a list, and empties it, so that they can die."""
+    module.graph.set_codegen(_BoxedCodeGen())
+    module.recompile()
+    forward = module.forward
+
+    def run(arguments: list[Any]) -> Sequence[Any]:
+        return forward(arguments)  # type: ignore[no-any-return]
+
+    run._boxed_call = True  # type: ignore[attr-defined]
+    return run
+
+
+def overwrite_dead_operands(module: fx.GraphModule) -> int:
+    """Rewrite `module` in place; the number of operators that now write over an operand."""
+    storages = storages_of(module.graph)
+    last = last_uses(module.graph, storages)
+    count = 0
+    for node in list(module.graph.nodes):
+        position = _position(node, storages, last)
+        if position is not None:
+            storages[_rewrite(module.graph, node, position)] = storages[node]
+            count += 1
+    if count:
+        module.recompile()
+    return count
+
+
+def storages_of(graph: fx.Graph) -> dict[fx.Node, tuple[Storage, ...]]:
+    """For each node, the storages behind its tensors, each named by the node and leaf that made it."""
+    found: dict[fx.Node, tuple[Storage, ...]] = {}
+    for node in graph.nodes:
+        if node.op == "output":
+            continue
+        inputs = node.all_input_nodes
+        own = []
+        for index, leaf in enumerate(leaves(node)):
+            if leaf.alias is None or node.op == "placeholder":
+                own.append((node, index))
+            else:
+                own.append(found[inputs[leaf.alias[0]]][leaf.alias[1]])
+        found[node] = tuple(own)
+    return found
+
+
+def last_uses(
+    graph: fx.Graph, storages: dict[fx.Node, tuple[Storage, ...]]
+) -> dict[Storage, fx.Node]:
+    """For each storage, the last node that reads it, views not counted unless they are read."""
+    last: dict[Storage, fx.Node] = {}
+    for node in reversed(graph.nodes):
+        for source in node.all_input_nodes:
+            is_view = node.op != "output" and set(storages[node]) <= set(storages[source])
+            for storage in storages[source]:
+                if not is_view:
+                    last.setdefault(storage, node)
+    return last
+
+
+def _position(
+    node: fx.Node,
+    storages: dict[fx.Node, tuple[Storage, ...]],
+    last: dict[Storage, fx.Node],
+) -> int | None:
+    for position in ops.overwrite_positions(node.target):
+        operand = node.args[position]
+        if not isinstance(operand, fx.Node) or not may_overwrite(node, operand):
+            continue
+        storage = storages[operand][0]
+        others = [n for n in node.all_input_nodes if n is not operand]
+        if (
+            storage[0].op not in ("placeholder", "get_attr")
+            and last[storage] is node
+            and all(storage not in storages[n] for n in others)
+        ):
+            return position
+    return None
+
+
+def _rewrite(graph: fx.Graph, node: fx.Node, position: int) -> fx.Node:
+    target, args, kwargs = ops.overwriting(node, position)
+    operand = node.args[position]
+    with graph.inserting_before(node):
+        new = graph.call_function(target, args, kwargs)
+    nbytes = leaves(node)[0].nbytes
+    place = new.all_input_nodes.index(operand)  # type: ignore[arg-type]
+    new.meta = {**node.meta, LEAVES: (Leaf(nbytes, (place, 0)),)}
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
+    return new

@@ -1,0 +1,189 @@
+"""Facts about operators, in one place: what is random, what mutates, what may write over its input.
+
+Facts are keyed by the operator object (``torch.ops.aten.add.Tensor``), never by its name. Whether an
+operator returns a view is not listed here: the storages recorded while tracing tell it exactly
+(`graphopt.program.Leaf`).
+"""
+
+import functools
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+
+# Attention operators that draw random numbers only when their dropout probability is positive,
+# with the position of that argument.
+_DROPOUT_ARGUMENT = {
+    aten._scaled_dot_product_flash_attention.default: 3,
+    aten._scaled_dot_product_flash_attention_for_cpu.default: 3,
+    aten._scaled_dot_product_efficient_attention.default: 5,
+    aten._scaled_dot_product_cudnn_attention.default: 5,
+    aten.native_dropout.default: 1,
+}
+
+# Pointwise operators that may write their result over an operand of the same layout: the operator
+# that does it, and the operand positions that may be overwritten. ``out`` says that the target takes
+# the destination as ``out=``; otherwise the target is the in-place form, whose first argument is it.
+_OVERWRITE: dict[Any, tuple[Any, tuple[int, ...], bool]] = {
+    aten.add.Tensor: (aten.add.out, (0, 1), True),
+    aten.sub.Tensor: (aten.sub.out, (0, 1), True),
+    aten.mul.Tensor: (aten.mul.out, (0, 1), True),
+    aten.div.Tensor: (aten.div.out, (0, 1), True),
+    aten.add.Scalar: (aten.add_.Scalar, (0,), False),
+    aten.sub.Scalar: (aten.sub_.Scalar, (0,), False),
+    aten.mul.Scalar: (aten.mul_.Scalar, (0,), False),
+    aten.div.Scalar: (aten.div_.Scalar, (0,), False),
+    aten.neg.default: (aten.neg.out, (0,), True),
+    aten.exp.default: (aten.exp.out, (0,), True),
+    aten.tanh.default: (aten.tanh.out, (0,), True),
+    aten.sigmoid.default: (aten.sigmoid.out, (0,), True),
+    aten.rsqrt.default: (aten.rsqrt.out, (0,), True),
+    aten.sqrt.default: (aten.sqrt.out, (0,), True),
+    aten.relu.default: (aten.relu_.default, (0,), False),
+    aten.gelu.default: (aten.gelu.out, (0,), True),
+    aten.silu.default: (aten.silu.out, (0,), True),
+    aten.pow.Tensor_Scalar: (aten.pow.Tensor_Scalar_out, (0,), True),
+    aten.tanh_backward.default: (aten.tanh_backward.grad_input, (0, 1), True),
+    aten.sigmoid_backward.default: (aten.sigmoid_backward.grad_input, (0, 1), True),
+    aten.gelu_backward.default: (aten.gelu_backward.grad_input, (0, 1), True),
+    aten.silu_backward.default: (aten.silu_backward.grad_input, (0, 1), True),
+    aten.threshold_backward.default: (aten.threshold_backward.grad_input, (0, 1), True),
+}
+
+# The keyword under which each ``out`` form takes its destination.
+_OUT_KEYWORD = {
+    aten.tanh_backward.grad_input: "grad_input",
+    aten.sigmoid_backward.grad_input: "grad_input",
+    aten.gelu_backward.grad_input: "grad_input",
+    aten.silu_backward.grad_input: "grad_input",
+    aten.threshold_backward.grad_input: "grad_input",
+}
+
+# Linear in the named tensor argument: a gradient known to be zero there makes the result zero.
+_ZERO_IF_ANY_ARGUMENT_ZERO = {
+    aten.mul.Tensor,
+    aten.mul.Scalar,
+    aten.mm.default,
+    aten.bmm.default,
+}
+_ZERO_IF_FIRST_ARGUMENT_ZERO = {
+    aten.div.Tensor,
+    aten.div.Scalar,
+    aten.neg.default,
+    aten.sum.default,
+    aten.sum.dim_IntList,
+    aten.clone.default,
+    aten._to_copy.default,
+    aten.slice_backward.default,
+    aten.select_backward.default,
+    aten.constant_pad_nd.default,
+    aten.embedding_dense_backward.default,
+    aten.native_dropout_backward.default,
+    aten.gelu_backward.default,
+    aten.tanh_backward.default,
+    aten.silu_backward.default,
+    aten.sigmoid_backward.default,
+    aten.threshold_backward.default,
+    operator.getitem,
+}
+_ZERO_IF_ALL_ARGUMENTS_ZERO = {
+    aten.add.Tensor,
+    aten.sub.Tensor,
+    aten.cat.default,
+    aten.stack.default,
+}
+
+
+def is_random(node: fx.Node) -> bool:
+    """True where running `node` draws from the random number generator."""
+    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        return False
+    position = _DROPOUT_ARGUMENT.get(node.target)
+    if position is None:
+        return True
+    probability = (
+        node.args[position] if len(node.args) > position else node.kwargs.get("dropout_p", 0.0)
+    )
+    if node.target is aten.native_dropout.default and len(node.args) > 2 and node.args[2] is False:
+        return False
+    return probability != 0.0
+
+
+def mutates(target: Any) -> bool:
+    """True where the operator writes to one of its arguments."""
+    schema = getattr(target, "_schema", None)
+    return schema is not None and schema.is_mutable
+
+
+@functools.cache
+def is_collective(target: Any) -> bool:
+    """True for communication operators (functional collectives and c10d)."""
+    return getattr(target, "namespace", None) in {
+        "_c10d_functional",
+        "c10d",
+        "_dtensor",
+        "c10d_functional",
+    }
+
+
+def may_recompute(node: fx.Node) -> bool:
+    """True where running `node` again on the same inputs gives the same outputs and changes nothing.
+
+    Random operators qualify: they are replayed from the saved state of the generator.
+    """
+    if node.op != "call_function" or is_collective(node.target) or mutates(node.target):
+        return False
+    return isinstance(node.target, torch._ops.OpOverload) or node.target is operator.getitem
+
+
+def replay_form(node: fx.Node) -> tuple[Any, tuple[Any, ...], dict[str, Any]] | None:
+    """How to run `node` again without the inputs that its first run changed; None: as it is.
+
+    A batch norm in training reads nothing of its running statistics, but updates them.
+    """
+    if node.target is aten._native_batch_norm_legit_functional.default and node.args[5] is True:
+        x, weight, bias, _, _, training, momentum, epsilon = node.args
+        args = (x, weight, bias, training, momentum, epsilon)
+        return aten._native_batch_norm_legit.no_stats, args, {}
+    return None
+
+
+def overwrite_positions(target: Any) -> tuple[int, ...]:
+    """Positions of the operands that `target` may write its result over; empty where none."""
+    entry = _OVERWRITE.get(target)
+    return entry[1] if entry else ()
+
+
+def overwriting(node: fx.Node, position: int) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """Target, arguments and keywords of `node` writing over its operand at `position`."""
+    target, positions, takes_out = _OVERWRITE[node.target]
+    if position not in positions:
+        raise ValueError(f"{node.target} cannot write over its operand {position}")
+    if not takes_out:
+        return target, node.args, dict(node.kwargs)
+    keyword = _OUT_KEYWORD.get(target, "out")
+    return target, node.args, {**node.kwargs, keyword: node.args[position]}
+
+
+def zero_if(target: Any) -> str | None:
+    """Which tensor arguments being zero make the result zero: "any", "first", "all" or None."""
+    if target in _ZERO_IF_ANY_ARGUMENT_ZERO:
+        return "any"
+    if target in _ZERO_IF_FIRST_ARGUMENT_ZERO:
+        return "first"
+    if target in _ZERO_IF_ALL_ARGUMENTS_ZERO:
+        return "all"
+    return None
+
+
+def is_view(target: Any) -> bool:
+    """True where the operator returns a view of its input by its schema (reshapes may or may not)."""
+    if target in (aten._unsafe_view.default, aten.reshape.default, aten.detach.default):
+        return True
+    schema = getattr(target, "_schema", None)
+    if schema is None or schema.is_mutable:
+        return False
+    return any(r.alias_info is not None for r in schema.returns)

@@ -1,0 +1,160 @@
+"""A Program: one traced step as an FX graph of ATen operators, with roles and storages recorded."""
+
+import enum
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
+
+from graphopt.errors import TraceError
+
+LEAVES = "graphopt_leaves"
+
+
+class Role(enum.Enum):
+    """What a graph input is for; recorded when the graph is traced."""
+
+    PARAMETER = "parameter"
+    BUFFER = "buffer"
+    INPUT = "input"
+    TANGENT = "tangent"
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One tensor of a node's value: the bytes of its storage, and whose storage it is.
+
+    `alias` is None where the node allocates the storage itself; otherwise it is the position of the
+    aliased node in `node.all_input_nodes` and the leaf of that node's value.
+    """
+
+    nbytes: int
+    alias: tuple[int, int] | None
+
+
+@dataclass(frozen=True)
+class Input:
+    """A graph input: its node's name, its role, and what the user calls it (`encoder.weight`).
+
+    A `mutated` input (the running statistics of a batch norm) gets a new value when the forward ends.
+    """
+
+    name: str
+    role: Role
+    label: str
+    mutated: bool = False
+
+
+@dataclass(frozen=True)
+class Program:
+    """A traced step: forward only, or forward and backward as one joint graph.
+
+    `module` is the FX graph. Its outputs are the `num_forward_outputs` results of the forward,
+    followed, in a joint graph, by one gradient (or None) per input that is not a tangent.
+    Treat it as immutable: passes work on `copy()`.
+    """
+
+    module: fx.GraphModule
+    num_forward_outputs: int
+    inputs: tuple[Input, ...]
+    breaks: tuple[str, ...] = ()
+    roles: Mapping[str, Role] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        roles = {item.name: item.role for item in self.inputs}
+        object.__setattr__(self, "roles", MappingProxyType(roles))
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The FX graph."""
+        return self.module.graph
+
+    @property
+    def is_joint(self) -> bool:
+        """True where the graph holds a backward."""
+        return len(self.outputs) > self.num_forward_outputs
+
+    @property
+    def outputs(self) -> tuple[Any, ...]:
+        """The graph's outputs: nodes, or constants such as None for a gradient nobody needs."""
+        return tuple(self.graph.output_node().args[0])
+
+    @property
+    def forward_outputs(self) -> tuple[Any, ...]:
+        """The outputs of the forward."""
+        return self.outputs[: self.num_forward_outputs]
+
+    @property
+    def gradients(self) -> tuple[Any, ...]:
+        """The outputs of the backward: a node or None for each input."""
+        return self.outputs[self.num_forward_outputs :]
+
+    def copy(self) -> "Program":
+        """A Program with a graph of its own; node names and facts are the same."""
+        graph = fx.Graph()
+        result = graph.graph_copy(self.graph, val_map={}, return_output_node=True)
+        assert isinstance(result, tuple)
+        value, output = result
+        new = graph.output(value)
+        new.meta = dict(output.meta)
+        module = fx.GraphModule(self.module, graph)
+        module.meta = dict(self.module.meta)
+        return Program(module, self.num_forward_outputs, self.inputs, self.breaks)
+
+    def operators(self) -> Iterator[fx.Node]:
+        """The nodes that compute something, in order."""
+        return (n for n in self.graph.nodes if n.op not in ("placeholder", "output", "get_attr"))
+
+    def __str__(self) -> str:
+        kinds = {role: sum(i.role is role for i in self.inputs) for role in Role}
+        inputs = ", ".join(f"{count} {role.value}s" for role, count in kinds.items() if count)
+        kind = "joint forward and backward" if self.is_joint else "forward"
+        return f"Program({kind}: {sum(1 for _ in self.operators())} operators; {inputs})"
+
+
+def tensors_of(node: fx.Node) -> tuple[torch.Tensor | None, ...]:
+    """The tensors of a node's value, nested tuples flattened; None in place of a non-tensor."""
+    flat = pytree.tree_leaves(node.meta.get("val"), is_leaf=lambda v: v is None)
+    return tuple(v if isinstance(v, torch.Tensor) else None for v in flat)
+
+
+def leaves(node: fx.Node) -> tuple[Leaf, ...]:
+    """The recorded storages of a node's value; () for a node that holds no tensor."""
+    return node.meta.get(LEAVES, ())
+
+
+def storage_nbytes(tensor: torch.Tensor) -> int:
+    """Bytes of the tensor's storage; symbolic sizes are taken at their hints."""
+    return int(tensor.untyped_storage().nbytes())
+
+
+def record_leaves(graph: fx.Graph) -> None:
+    """Write into every node whose storage each of its tensors is, as tracing saw it."""
+    for node in graph.nodes:
+        if node.op == "output":
+            continue
+        found = []
+        for tensor in tensors_of(node):
+            if tensor is None:
+                found.append(Leaf(0, None))
+            else:
+                found.append(Leaf(storage_nbytes(tensor), _alias(node, tensor)))
+        node.meta[LEAVES] = tuple(found)
+
+
+def _alias(node: fx.Node, tensor: torch.Tensor) -> tuple[int, int] | None:
+    if not isinstance(tensor, FakeTensor) and tensor.device.type == "meta":
+        raise TraceError(
+            f"node {node.name} was traced without fake tensors; its storages are unknown"
+        )
+    storage = tensor.untyped_storage()._cdata
+    for position, source in enumerate(node.all_input_nodes):
+        for index, other in enumerate(tensors_of(source)):
+            if other is not None and other.untyped_storage()._cdata == storage:
+                return position, index
+    return None

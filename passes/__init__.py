@@ -1,0 +1,28 @@
+"""Passes: each plans with the cost models, then edits a Program. Import as `graphopt.passes`."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from graphopt.passes.checkpoint import Checkpoint
+
+if __name__ != "graphopt.passes":
+    raise ImportError(f"import this package as graphopt.passes, not as {__name__}")
+
+__all__ = ["Checkpoint"]
+
+# Public name -> the module that defines it.
+_LAZY = {"Checkpoint": "graphopt.passes.checkpoint"}
+
+if not TYPE_CHECKING:  # a type checker reads the imports above, and knows which names are there
+
+    def __getattr__(name):
+        if name not in _LAZY:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(import_module(_LAZY[name]), name)
+        globals()[name] = value
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted(globals().keys() | _LAZY.keys())

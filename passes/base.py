@@ -1,0 +1,28 @@
+"""What every pass is: a frozen dataclass that plans without touching the program, then applies."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from graphopt.cost_models.costs import Costs
+from graphopt.plan import Plan
+from graphopt.program import Program
+
+
+@dataclass(frozen=True)
+class Pass(ABC):
+    """A rewrite of programs. Options are the fields of the subclass.
+
+    `plan` decides from the program and its costs, and raises PlanError where a bound cannot be met;
+    `apply` carries a plan out on a copy.
+    """
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def plan(self, program: Program, costs: Costs) -> Plan:
+        """Decide; changes nothing."""
+
+    @abstractmethod
+    def apply(self, program: Program, plan: Any) -> Program:
+        """A new program with `plan` carried out."""

@@ -1,0 +1,123 @@
+"""Checkpoint selection: which tensors the forward keeps for the backward, and which are recomputed.
+
+The choice is made at the true peak of the step, forward and backward with the recomputations inside,
+as `graphopt.cost_models.schedule` simulates it. The idea of trading time for memory by keeping a
+subset is Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016; the search over spans
+is described in `graphopt.passes.chain_solver`.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from graphopt.cost_models.costs import Costs
+from graphopt.cost_models.devices import format_bytes
+from graphopt.cost_models.memory import Dataflow, dataflow
+from graphopt.errors import PlanError
+from graphopt.passes.base import Pass
+from graphopt.passes.budget import Budget, check_budget, resolve_budget
+from graphopt.passes.chain_solver import Choice
+from graphopt.passes.checkpoint_choice import (
+    check_choice,
+    choose,
+    everything,
+    holding_outputs,
+    names_of,
+    step_of,
+    values_named,
+    without_gradient_bytes,
+)
+from graphopt.passes.replay import with_recomputation
+from graphopt.plan import Plan
+from graphopt.program import Program
+
+
+@dataclass(frozen=True)
+class CheckpointPlan(Plan):
+    """What the forward keeps, by the name of the node that makes it, and what that costs.
+
+    `ephemeral` values are recomputed for each use, every other value that the backward needs once.
+    Peaks are bytes of the whole step, parameters and inputs included; `baseline_bytes` is the peak
+    with everything kept. The step's own seconds and FLOPs do not count what `recompute_seconds` and
+    `recompute_flops` add.
+    """
+
+    keep: tuple[str, ...]
+    ephemeral: tuple[str, ...]
+    budget_bytes: int | None
+    peak_bytes: int
+    baseline_bytes: int
+    step_seconds: float
+    recompute_seconds: float
+    step_flops: int
+    recompute_flops: int
+
+    def __str__(self) -> str:
+        share = self.recompute_seconds / self.step_seconds if self.step_seconds else 0.0
+        return (
+            f"keep {len(self.keep)} tensors: peak {format_bytes(self.peak_bytes)} instead of "
+            f"{format_bytes(self.baseline_bytes)} for {share:.1%} more time"
+        )
+
+
+@dataclass(frozen=True)
+class Checkpoint(Pass):
+    """Keep as much as fits, recompute the rest.
+
+    `memory` bounds the peak of the step: parameters, inputs, gradients, activations. It is bytes, a
+    size like "6GiB", a share of the plain peak like 0.4, "min", or None for what can be had without
+    recomputing anything heavy. `activations` instead bounds what the step allocates besides its
+    gradients. `hold_outputs` says that the caller keeps the outputs of the forward, beside the loss,
+    while the backward runs.
+    """
+
+    name: ClassVar[str] = "checkpoint"
+
+    memory: Budget = None
+    activations: Budget = None
+    hold_outputs: bool = False
+
+    def __post_init__(self) -> None:
+        check_budget(self.memory)
+        check_budget(self.activations, "activations")
+        if self.memory is not None and self.activations is not None:
+            raise PlanError("give one of memory= and activations=, not both")
+
+    def plan(self, program: Program, costs: Costs) -> CheckpointPlan:
+        """The labels of every value; PlanError with `reachable_bytes` where the budget is too small."""
+        flow = costs.dataflow(program)
+        if self.activations is not None:
+            flow = without_gradient_bytes(flow)
+        if self.hold_outputs:
+            flow = holding_outputs(flow)
+        baseline = flow.static_bytes + step_of(flow, everything(flow)).peak_bytes
+        budget = self._budget_bytes(baseline, flow.static_bytes)
+        wish = self.memory if self.activations is None else self.activations
+        return _plan(flow, choose(flow, wish == "min", budget), budget, baseline)
+
+    def apply(self, program: Program, plan: CheckpointPlan) -> Program:
+        """The joint graph with the recomputations of `plan` in it."""
+        flow = dataflow(program)
+        keep, ephemeral = values_named(flow, plan.keep), values_named(flow, plan.ephemeral)
+        check_choice(flow, keep)
+        return with_recomputation(program, flow, keep, ephemeral)
+
+    def _budget_bytes(self, baseline_bytes: int, static_bytes: int) -> int | None:
+        if self.activations is None:
+            return resolve_budget(self.memory, baseline_bytes)
+        budget = resolve_budget(self.activations, baseline_bytes - static_bytes, "activations")
+        return None if budget is None else budget + static_bytes
+
+
+def _plan(flow: Dataflow, choice: Choice, budget: int | None, baseline: int) -> CheckpointPlan:
+    step = step_of(flow, choice)
+    return CheckpointPlan(
+        keep=names_of(flow, choice.keep),
+        ephemeral=names_of(flow, choice.ephemeral),
+        budget_bytes=budget,
+        peak_bytes=flow.static_bytes + step.peak_bytes,
+        baseline_bytes=baseline,
+        step_seconds=sum(o.seconds for o in flow.operators),
+        recompute_seconds=step.recompute_seconds,
+        step_flops=sum(o.flops for o in flow.operators),
+        recompute_flops=step.recompute_flops,
+    )

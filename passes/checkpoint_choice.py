@@ -1,0 +1,173 @@
+"""From a budget to a choice of kept values: what must be kept, the search, and its last refinements."""
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, replace
+
+from graphopt.cost_models.devices import format_bytes
+from graphopt.cost_models.memory import NO_PRODUCER, Dataflow
+from graphopt.cost_models.schedule import (
+    Timeline,
+    anchors,
+    backward_steps,
+    forward_steps,
+    simulate,
+)
+from graphopt.errors import PlanError
+from graphopt.passes.chain_solver import Chain, Choice
+from graphopt.passes.segments import deep_reads
+
+LIGHT_SHARE = 0.01  # of the step's time: what recomputation may cost where no budget is given
+ROUNDS = 4  # searches with a tightened limit, where the sum over spans missed the true peak
+BISECTIONS = 10
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """The forward and the backward of one choice, simulated. Static bytes are excluded."""
+
+    forward: Timeline
+    backward: Timeline
+    recompute_seconds: float
+    recompute_flops: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most bytes alive at once, static ones excluded."""
+        return max(self.forward.peak_bytes, self.backward.peak_bytes)
+
+
+def step_of(flow: Dataflow, choice: Choice) -> StepMemory:
+    """Simulate the step under `choice`, with the generators' states that replays need."""
+    keep = choice.keep | states_needed(flow, choice)
+    forward = simulate(flow, forward_steps(flow, keep), (), keep | frozenset(flow.outputs))
+    steps = backward_steps(flow, keep, choice.ephemeral, anchors(flow))
+    backward = simulate(flow, steps, keep, flow.gradients)
+    seen: set[int] = set()
+    seconds, flops = 0.0, 0
+    for step in steps:
+        operator = flow.operators[step.operator]
+        if not operator.backward or step.operator in seen:
+            seconds, flops = seconds + operator.seconds, flops + operator.flops
+        seen.add(step.operator)
+    return StepMemory(forward, backward, seconds, flops)
+
+
+def states_needed(flow: Dataflow, choice: Choice) -> frozenset[int]:
+    """The states of the generator before the random operators that the backward replays."""
+    if all(o.state is None for o in flow.operators):
+        return frozenset()
+    steps = backward_steps(flow, choice.keep, choice.ephemeral, anchors(flow))
+    states = (flow.operators[s.operator].state for s in steps)
+    return frozenset(s for s in states if s is not None)
+
+
+def everything(flow: Dataflow) -> Choice:
+    """Keep every forward value that the backward reads."""
+    reads = deep_reads(flow, anchors(flow))
+    return Choice(frozenset(v for values in reads for v in values), frozenset(), 0.0, 0)
+
+
+def choose(flow: Dataflow, least: bool, budget_bytes: int | None) -> Choice:
+    """The choice of least recomputation under the budget, of least peak (`least`), or a light one."""
+    plain = everything(flow)
+    if budget_bytes is not None and flow.static_bytes + step_of(flow, plain).peak_bytes <= budget_bytes:
+        return plain
+    chain = Chain.of(flow)
+    if least:
+        return pruned(flow, chain.least_peak())
+    if budget_bytes is None:
+        return pruned(flow, _light(flow, chain))
+    return pruned(flow, _within(flow, chain, budget_bytes))
+
+
+def _within(flow: Dataflow, chain: Chain, budget_bytes: int) -> Choice:
+    limit = budget_bytes - flow.static_bytes
+    for _ in range(ROUNDS):
+        choice = chain.within(limit)
+        if choice is None:
+            break
+        excess = flow.static_bytes + step_of(flow, choice).peak_bytes - budget_bytes
+        if excess <= 0:
+            return choice
+        limit -= excess
+    best = chain.least_peak()
+    reachable = flow.static_bytes + step_of(flow, best).peak_bytes
+    if reachable <= budget_bytes:
+        return best
+    raise PlanError(
+        f"no plan keeps the step within {format_bytes(budget_bytes)}; the smallest reachable peak is "
+        f"{format_bytes(reachable)} ({reachable} bytes), of which {format_bytes(flow.static_bytes)} "
+        "are parameters, buffers and inputs",
+        reachable_bytes=reachable,
+    )
+
+
+def _light(flow: Dataflow, chain: Chain) -> Choice:
+    """The lowest peak for a hundredth of the step's time, with no product or convolution repeated."""
+    light = chain.light()
+    allowed = LIGHT_SHARE * sum(o.seconds for o in flow.operators)
+    low = light.least_peak()
+    if low.seconds <= allowed:
+        return low
+    high = everything(flow)
+    bottom, top = low.peak_bytes, step_of(flow, high).peak_bytes
+    for _ in range(BISECTIONS):
+        middle = (bottom + top) // 2
+        choice = light.within(middle)
+        if choice is not None and choice.seconds <= allowed:
+            high, top = choice, middle
+        else:
+            bottom = middle
+    return high
+
+
+def pruned(flow: Dataflow, choice: Choice) -> Choice:
+    """`choice` without the kept values that the backward does not read."""
+    steps = backward_steps(flow, choice.keep, choice.ephemeral, anchors(flow))
+    read = {v for s in steps for v in flow.operators[s.operator].reads}
+    return replace(choice, keep=choice.keep & read, ephemeral=choice.ephemeral & read)
+
+
+def check_choice(flow: Dataflow, keep: Collection[int]) -> None:
+    """Raise PlanError where the backward needs a value that is neither kept nor recomputable."""
+    needed = [v for values in deep_reads(flow, anchors(flow)) for v in values if v not in keep]
+    seen = set(needed)
+    while needed:
+        value = needed.pop()
+        operator = flow.operators[flow.values[value].producer]
+        if not operator.recomputable:
+            raise PlanError(f"{flow.values[value].label} cannot be recomputed and must be kept")
+        for read in operator.reads:
+            if flow.values[read].producer != NO_PRODUCER and read not in seen and read not in keep:
+                seen.add(read)
+                needed.append(read)
+
+
+def names_of(flow: Dataflow, values: Iterable[int]) -> tuple[str, ...]:
+    """The labels of `values`, in the order of the program."""
+    return tuple(flow.values[v].label for v in sorted(values))
+
+
+def values_named(flow: Dataflow, names: Collection[str]) -> frozenset[int]:
+    """The values labelled `names`; PlanError for a name that this program does not have."""
+    by_label = {v.label: i for i, v in enumerate(flow.values)}
+    unknown = [n for n in names if n not in by_label]
+    if unknown:
+        raise PlanError(f"the plan was made for another program: it keeps {unknown[0]!r}")
+    return frozenset(by_label[n] for n in names)
+
+
+def without_gradient_bytes(flow: Dataflow) -> Dataflow:
+    """`flow` in which the gradients that the backward returns take no memory."""
+    returned = set(flow.gradients)
+    values = tuple(
+        replace(v, nbytes=0) if i in returned and v.producer != NO_PRODUCER else v
+        for i, v in enumerate(flow.values)
+    )
+    return replace(flow, values=values)
+
+
+def holding_outputs(flow: Dataflow) -> Dataflow:
+    """`flow` with room for the outputs of the forward all through the step."""
+    held = sum(flow.values[v].nbytes for v in flow.outputs if flow.values[v].producer != NO_PRODUCER)
+    return replace(flow, static_bytes=flow.static_bytes + held)

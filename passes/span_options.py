@@ -1,0 +1,200 @@
+"""What can be done with one span: its Pareto set of kept bytes, peak of its backward, and time.
+
+Candidates come from thresholds on what a byte saved costs to recompute, and from coordinate descent
+on weighted sums of the three; every candidate is simulated.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from graphopt.cost_models.memory import Operator
+from graphopt.cost_models.schedule import Step, anchors, backward_steps, simulate
+from graphopt.passes.local_problem import LocalProblem
+
+SMALL = 0.004  # a value below this share of the span's largest is kept without being considered
+THRESHOLDS = 7
+SIMULATED_STEPS = 60_000  # bounds the work of the search on one span
+WEIGHTS = ((0.0, 0.1), (0.1, 0.1), (0.0, 1.0), (0.3, 0.3), (1.0, 1.0), (0.3, 3.0), (3.0, 3.0), (9.0, 9.0))
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to treat a span; values are the local problem's.
+
+    `kept_bytes` stay from the forward of the span to its backward; `backward_bytes` and
+    `forward_bytes` are the peaks of its two parts, its borders excluded; `seconds` and `flops` are
+    what it recomputes. A kept value stays, an ephemeral one is recomputed for each use.
+    """
+
+    keep: frozenset[int]
+    ephemeral: frozenset[int]
+    kept_bytes: int
+    backward_bytes: int
+    forward_bytes: int
+    seconds: float
+    flops: int
+
+
+def options(problem: LocalProblem) -> tuple[Option, ...]:
+    """The options of `problem` that none other beats in kept bytes, peak and time at once."""
+    return _Search(problem).run()
+
+
+class _Search:
+    def __init__(self, problem: LocalProblem) -> None:
+        self.problem = problem
+        self.flow = problem.flow
+        self.order = anchors(problem.flow)
+        self.found: dict[tuple[frozenset[int], frozenset[int]], Option] = {}
+        self.anchored = frozenset(self.order)
+        self.budget = SIMULATED_STEPS
+        self.border_bytes = self._bytes(problem.borders)
+        self.choices = self._choices()
+        self.always = problem.must_keep | self._small()
+        self.density = {v: self._density(v) for v in self.choices}
+        self.asked = {v for a in self.order for v in self.flow.operators[a].reads}
+
+    def run(self) -> tuple[Option, ...]:
+        """Thresholds first, then descents from the best of what was found."""
+        for keep, ephemeral in self._threshold_choices():
+            self._try(keep, ephemeral)
+        if self.choices:
+            for kept_weight, peak_weight in WEIGHTS:
+                self._descend(kept_weight, peak_weight)
+        return tuple(self._with_forward(o) for o in pareto(self.found.values()))
+
+    def _choices(self) -> list[int]:
+        """Values made inside that could be recomputed, and are large enough to matter."""
+        largest = max((v.nbytes for v in self.flow.values), default=0)
+        return [
+            i
+            for i, v in enumerate(self.flow.values)
+            if v.producer >= 0
+            and v.nbytes > SMALL * largest
+            and i not in self.problem.must_keep
+            and not self.flow.operators[v.producer].anchored
+        ]
+
+    def _small(self) -> frozenset[int]:
+        chosen = set(self.choices)
+        return frozenset(
+            i
+            for i, v in enumerate(self.flow.values)
+            if v.producer >= 0 and not self.flow.operators[v.producer].backward and i not in chosen
+        )
+
+    def _bytes(self, values: Iterable[int]) -> int:
+        return sum(self.flow.values[v].nbytes for v in values)
+
+    def _density(self, value: int) -> float:
+        """Seconds to run the maker again, per byte that this frees."""
+        made = self.flow.values[value]
+        return self.flow.operators[made.producer].seconds / max(1, made.nbytes)
+
+    def _forward(self, values: Iterable[int]) -> frozenset[int]:
+        return frozenset(
+            v for v in values if not self.flow.operators[self.flow.values[v].producer].backward
+        )
+
+    def _threshold_choices(self) -> Iterable[tuple[frozenset[int], frozenset[int]]]:
+        ranked = sorted(set(self.density.values()))
+        picks = sorted({round(i * (len(ranked) - 1) / THRESHOLDS) for i in range(THRESHOLDS + 1)})
+        bars = [0.0, *(ranked[i] * (1 + 1e-9) for i in picks)] if ranked else [0.0]
+        yield self._forward(self.asked.intersection(self.choices)), frozenset()
+        for bar in bars:
+            keep = self._forward(v for v in self.choices if self.density[v] >= bar)
+            yield keep, frozenset()
+            for below in bars:
+                if below > 0:
+                    rest = frozenset(self.choices) - keep
+                    yield keep, frozenset(v for v in rest if self.density[v] <= below)
+
+    def _try(self, keep: frozenset[int], ephemeral: frozenset[int]) -> Option | None:
+        key = (keep, ephemeral)
+        if key in self.found:
+            return self.found[key]
+        if self.budget < 0:
+            return None
+        held = keep | self.always
+        steps = backward_steps(self.flow, held | self.problem.borders | self.problem.entering, ephemeral, self.order)
+        self.budget -= len(steps)
+        asked = {v for s in steps for v in self.flow.operators[s.operator].reads}
+        kept = held & (asked | self.problem.must_keep)
+        start = kept | self.problem.borders | self.problem.entering
+        end = self.problem.borders | self.problem.leaving
+        timeline = simulate(self.flow, steps, start, end, self.problem.entering)
+        again = [self.flow.operators[s.operator] for s in steps if s.operator not in self.anchored]
+        option = Option(
+            kept,
+            ephemeral,
+            self._bytes(kept),
+            max(timeline.peak_bytes, self._bytes(start)) - self.border_bytes,
+            0,
+            sum(o.seconds for o in again) - self._first_runs(again),
+            sum(o.flops for o in again if not o.backward),
+        )
+        self.found[key] = option
+        return option
+
+    def _first_runs(self, again: Iterable[Operator]) -> float:
+        """Seconds of operators that the backward runs on demand, once each: no recomputation."""
+        first = {o.writes: o for o in again if o.backward}
+        return sum(o.seconds for o in first.values())
+
+    def _descend(self, kept_weight: float, peak_weight: float) -> None:
+        """Coordinate descent on seconds + weighted kept bytes + weighted peak, one label at a time."""
+        total = sum(self.flow.operators[i].seconds for i in self.flow.forward)
+        unit = total / max(1, self._bytes(self.choices))
+
+        def value(option: Option) -> float:
+            weighted = kept_weight * option.kept_bytes + peak_weight * option.backward_bytes
+            return option.seconds + unit * weighted
+
+        best = min(self.found.values(), key=value)
+        improved = True
+        while improved and self.budget > 0:
+            improved = False
+            for choice in self.choices:
+                for keep, ephemeral in _relabelled(best, choice, self._is_forward(choice)):
+                    option = self._try(keep & frozenset(self.choices), ephemeral)
+                    if option is not None and value(option) < value(best) * (1 - 1e-9):
+                        best, improved = option, True
+
+    def _is_forward(self, value: int) -> bool:
+        return not self.flow.operators[self.flow.values[value].producer].backward
+
+    def _with_forward(self, option: Option) -> Option:
+        """`option` with the peak of its forward."""
+        steps = [Step(i, self.flow.operators[i].writes) for i in self.flow.forward]
+        end = self.problem.borders | self.problem.leaving_forward | option.keep
+        timeline = simulate(self.flow, steps, self.problem.borders, end)
+        return replace(option, forward_bytes=timeline.peak_bytes - self.border_bytes)
+
+
+def _relabelled(
+    option: Option, value: int, may_keep: bool
+) -> list[tuple[frozenset[int], frozenset[int]]]:
+    """The labels of `option` with the other two labels for `value`."""
+    keep, ephemeral = option.keep - {value}, option.ephemeral - {value}
+    found = []
+    if may_keep and value not in option.keep:
+        found.append((keep | {value}, ephemeral))
+    if value in option.keep or value in option.ephemeral:
+        found.append((keep, ephemeral))
+    if value not in option.ephemeral:
+        found.append((keep, ephemeral | {value}))
+    return found
+
+
+def pareto(candidates: Iterable[Option], slack: float = 0.005) -> list[Option]:
+    """Those that no other beats, up to `slack`, in kept bytes, peak, and seconds."""
+    chosen: list[Option] = []
+    for option in sorted(candidates, key=lambda o: (o.seconds, o.kept_bytes, o.backward_bytes)):
+        if not any(
+            c.kept_bytes <= option.kept_bytes * (1 + slack)
+            and c.backward_bytes <= option.backward_bytes * (1 + slack)
+            for c in chosen
+        ):
+            chosen.append(option)
+    return chosen
+
