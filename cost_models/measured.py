@@ -28,7 +28,8 @@ from graphopt.cost_models.calibrate import (
 )
 from graphopt.cost_models.calls import Call, call_of, make
 
-_SLOW_S = 0.2  # an op that takes longer is not repeated
+_SLOW_S = 0.2  # an op that takes longer is not repeated further
+_BURST = {"cpu": 1, "cuda": 10}  # runs between two synchronisations
 _SHORT_S = 2e-3  # an op is repeated until its runs took this long
 _MARK = "graphopt.probe "
 
@@ -125,45 +126,59 @@ def _time(call: Call, device: torch.device, repeats: int) -> tuple[float | None,
         return None, f"its inputs of {size_bytes} bytes are too large to be made up here"
     try:
         args, kwargs = pytree.tree_map(make, (call.args, call.kwargs))
-        runs = [_seconds(call, args, kwargs, device)]
-        while (len(runs) <= repeats and runs[0] < _SLOW_S) or sum(runs) < _SHORT_S:
-            runs.append(_seconds(call, args, kwargs, device))
+        runs = [_seconds(call, args, kwargs, device, 1)]  # may load or compile what it needs
+        count = _BURST[device.type] if repeats else 1
+        while len(runs) <= repeats or sum(runs) < _SHORT_S:
+            runs.append(_seconds(call, args, kwargs, device, count))
+            if runs[-1] > _SLOW_S:
+                break
     except Exception as error:  # whatever a kernel raises on made-up values
         return None, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     return min(runs), ""
 
 
-def _seconds(call: Call, args: Any, kwargs: Any, device: torch.device) -> float:
+def _seconds(call: Call, args: Any, kwargs: Any, device: torch.device, count: int) -> float:
+    """Seconds per run of `count` runs; one output is alive at a time."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()
-    result = call.op(*args, **kwargs)
+    for _ in range(count):
+        result = call.op(*args, **kwargs)
+        if count > 1:
+            del result
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    seconds = time.perf_counter() - start
-    del result
-    return seconds
+    return (time.perf_counter() - start) / count
 
 
 def _profile(calls: list[Call], device: torch.device) -> list[tuple[int, int] | None]:
     """Peak and remaining bytes of each call above what was allocated before it."""
     found: list[tuple[int, int] | None] = [None] * len(calls)
-    if torch.autograd._profiler_enabled():  # a second session would end the caller's
+    if torch._C._autograd._profiler_enabled():  # a second session would end the caller's
         return found
     try:
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as session:
-            for index, call in enumerate(calls):
-                args, kwargs = pytree.tree_map(make, (call.args, call.kwargs))
-                with record_function(f"{_MARK}{index}"):
-                    result = call.op(*args, **kwargs)
-                del result, args, kwargs
+            ran = [_ran_marked(call, f"{_MARK}{index}") for index, call in enumerate(calls)]
         roots = session.profiler.kineto_results.experimental_event_tree()
-    except RuntimeError:  # a kernel ran out of memory
+    except RuntimeError:  # the profiler does not work in this build of torch
         return found
     for event in roots:
         if event.name.startswith(_MARK):
-            found[int(event.name.removeprefix(_MARK))] = _peak_and_rest(event, device)
+            index = int(event.name.removeprefix(_MARK))
+            found[index] = _peak_and_rest(event, device) if ran[index] else None
     return found
+
+
+def _ran_marked(call: Call, mark: str) -> bool:
+    """Run `call` within an event called `mark`, which its outputs outlive; False if it fails."""
+    try:
+        args, kwargs = pytree.tree_map(make, (call.args, call.kwargs))
+        with record_function(mark):
+            result = call.op(*args, **kwargs)
+        del result
+    except RuntimeError:  # there is no memory for it any more
+        return False
+    return True
 
 
 def _peak_and_rest(root: Any, device: torch.device) -> tuple[int, int]:

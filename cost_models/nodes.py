@@ -37,8 +37,8 @@ _UNINITIALIZED = frozenset(
     }
 )
 # Functions that take many operations per element, and how many at the rate of float32 products:
-# some 2.5e9 elements/s of gelu, softmax or tanh where a CPU does 200e9 operations/s (measured on two
-# AVX-512 cores); GPUs have units for them.
+# some 2.5e9 elements/s of gelu, softmax or tanh where a CPU does 200e9 operations/s (measured on
+# two AVX-512 cores); GPUs have units for them.
 _FUNCTIONS = frozenset(
     {
         aten.exp.default,

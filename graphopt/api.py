@@ -73,16 +73,16 @@ def optimize(
     return OptimizedFunction(model, state)
 
 
-def _passes(
-    passes: Sequence[Pass] | None, memory: Budget, activations: Budget
-) -> tuple[Pass, ...]:
+def _passes(passes: Sequence[Pass] | None, memory: Budget, activations: Budget) -> tuple[Pass, ...]:
     if passes is None:
         return (Checkpoint(memory=memory, activations=activations),)
     if memory is not None or activations is not None:
         raise GraphoptError("give either passes= or a budget; a budget is short for one Checkpoint")
     wrong = [p for p in passes if not isinstance(p, Pass)]
     if wrong:
-        raise GraphoptError(f"passes= takes pass objects like graphopt.Checkpoint(), not {wrong[0]!r}")
+        raise GraphoptError(
+            f"passes= takes pass objects like graphopt.Checkpoint(), not {wrong[0]!r}"
+        )
     return tuple(passes)
 
 
@@ -101,7 +101,9 @@ def _device(device: str | Device | None, model: Any) -> Device:
         return device
     if device is not None:
         return get_device(device)
-    tensors = iter([*model.parameters(), *model.buffers()]) if isinstance(model, nn.Module) else iter(())
+    tensors = (
+        iter([*model.parameters(), *model.buffers()]) if isinstance(model, nn.Module) else iter(())
+    )
     first = next(tensors, None)
     if first is not None and first.device.type == "cuda":
         return _cuda_device(first.device)
@@ -115,7 +117,11 @@ def _cuda_device(device: torch.device) -> Device:
 
 
 def _name(model: Any) -> str:
-    return type(model).__name__ if isinstance(model, nn.Module) else getattr(model, "__name__", "function")
+    return (
+        type(model).__name__
+        if isinstance(model, nn.Module)
+        else getattr(model, "__name__", "function")
+    )
 
 
 class _State:
@@ -164,14 +170,18 @@ class _State:
             raise TraceError(f"{self.name} breaks into several graphs: {reason}") from error
         except torch._dynamo.exc.TorchDynamoException as error:
             reason = str(error).strip().splitlines()[0]
-            raise TraceError(f"{self.name} could not be captured on these inputs: {reason}") from error
+            raise TraceError(
+                f"{self.name} could not be captured on these inputs: {reason}"
+            ) from error
 
     def report(self) -> Report:
         """What happened so far."""
         return Report.of(self.name, self.settings, self.log)
 
 
-def _with_loss(function: Callable[..., Any], loss: Callable[..., torch.Tensor]) -> Callable[..., Any]:
+def _with_loss(
+    function: Callable[..., Any], loss: Callable[..., torch.Tensor]
+) -> Callable[..., Any]:
     def with_loss(*args: Any, target: Any = None, **kwargs: Any) -> Any:
         output = function(*args, **kwargs)
         return output if target is None else loss(output, target)
@@ -205,7 +215,9 @@ class OptimizedModule:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         state = self._graphopt
-        return _rebuilt(copy.deepcopy(state.original, memo), state.settings, state.fullgraph, state.loss)
+        return _rebuilt(
+            copy.deepcopy(state.original, memo), state.settings, state.fullgraph, state.loss
+        )
 
     def __reduce__(self) -> Any:
         state = self._graphopt

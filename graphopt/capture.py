@@ -22,7 +22,6 @@ from torch._functorch._aot_autograd.descriptors import (
 
 from graphopt.program import Input, Program, Role, record_leaves
 
-
 # Logging breaks a graph and changes no result. The last two are what transformers adds to loggers.
 _LOGGING_METHODS = ("debug", "info", "warning", "error", "exception", "critical", "log") + (
     "warning_once",

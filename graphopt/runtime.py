@@ -109,9 +109,7 @@ class _Graph:
 
     def _run_passes(self, program: Program) -> Program:
         traced = time.perf_counter() - self.begin
-        planned, steps = run_passes(
-            program, self.settings.passes, self._costs, time.perf_counter
-        )
+        planned, steps = run_passes(program, self.settings.passes, self._costs, time.perf_counter)
         self.steps = steps
         costs = self._costs(program)
         self.log.records.append(GraphRecord(program, planned, steps, costs, traced))
@@ -188,5 +186,3 @@ def _leaving_gradients_undefined(compiled: Callable[..., Any]) -> Callable[..., 
         return results
 
     return run
-
-

@@ -175,7 +175,9 @@ def _arguments(example_inputs: Examples) -> tuple[tuple[Any, ...], dict[str, Any
 
 
 def _name(model: Any) -> str:
-    return type(model).__name__ if isinstance(model, nn.Module) else getattr(model, "__name__", "it")
+    return (
+        type(model).__name__ if isinstance(model, nn.Module) else getattr(model, "__name__", "it")
+    )
 
 
 def _reason(error: BaseException) -> str:

@@ -110,9 +110,7 @@ class Chain:
             current, run, option = current.path
             keep.update(run.placed.values[v] for v in option.keep)
             ephemeral.update(run.placed.values[v] for v in option.ephemeral)
-        return Choice(
-            frozenset(keep), frozenset(ephemeral - keep), state.seconds, state.peak_bytes
-        )
+        return Choice(frozenset(keep), frozenset(ephemeral - keep), state.seconds, state.peak_bytes)
 
 
 def _light(run: Run) -> Run:
@@ -138,7 +136,9 @@ def _pruned(states: Sequence[_State], for_peak: bool) -> list[_State]:
     """The states that no other beats in kept bytes and in seconds (or in peak), thinned out."""
     best: list[_State] = []
     lowest = float("inf")
-    for state in sorted(states, key=lambda s: (s.kept_bytes, s.peak_bytes if for_peak else s.seconds)):
+    for state in sorted(
+        states, key=lambda s: (s.kept_bytes, s.peak_bytes if for_peak else s.seconds)
+    ):
         rank = float(state.peak_bytes) if for_peak else state.seconds
         if rank < lowest:
             best.append(state)

@@ -70,7 +70,10 @@ def everything(flow: Dataflow) -> Choice:
 def choose(flow: Dataflow, least: bool, budget_bytes: int | None) -> Choice:
     """The choice of least recomputation under the budget, of least peak (`least`), or a light one."""
     plain = everything(flow)
-    if budget_bytes is not None and flow.static_bytes + step_of(flow, plain).peak_bytes <= budget_bytes:
+    if (
+        budget_bytes is not None
+        and flow.static_bytes + step_of(flow, plain).peak_bytes <= budget_bytes
+    ):
         return plain
     chain = Chain.of(flow)
     if least:
@@ -169,5 +172,7 @@ def without_gradient_bytes(flow: Dataflow) -> Dataflow:
 
 def holding_outputs(flow: Dataflow) -> Dataflow:
     """`flow` with room for the outputs of the forward all through the step."""
-    held = sum(flow.values[v].nbytes for v in flow.outputs if flow.values[v].producer != NO_PRODUCER)
+    held = sum(
+        flow.values[v].nbytes for v in flow.outputs if flow.values[v].producer != NO_PRODUCER
+    )
     return replace(flow, static_bytes=flow.static_bytes + held)

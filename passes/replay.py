@@ -164,4 +164,3 @@ class _Replay:
             cached = (sources, self._append(node, sources))
             self.views[node] = cached
         return cached[1]
-

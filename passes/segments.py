@@ -65,7 +65,9 @@ def deep_reads(flow: Dataflow, order: Sequence[int]) -> list[tuple[int, ...]]:
     return found
 
 
-def _expand(flow: Dataflow, reads: Sequence[int], memo: dict[int, tuple[int, ...]]) -> tuple[int, ...]:
+def _expand(
+    flow: Dataflow, reads: Sequence[int], memo: dict[int, tuple[int, ...]]
+) -> tuple[int, ...]:
     needed: dict[int, None] = {}
     for value in reads:
         producer = flow.values[value].producer

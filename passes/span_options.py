@@ -14,7 +14,16 @@ from graphopt.passes.local_problem import LocalProblem
 SMALL = 0.004  # a value below this share of the span's largest is kept without being considered
 THRESHOLDS = 7
 SIMULATED_STEPS = 60_000  # bounds the work of the search on one span
-WEIGHTS = ((0.0, 0.1), (0.1, 0.1), (0.0, 1.0), (0.3, 0.3), (1.0, 1.0), (0.3, 3.0), (3.0, 3.0), (9.0, 9.0))
+WEIGHTS = (
+    (0.0, 0.1),
+    (0.1, 0.1),
+    (0.0, 1.0),
+    (0.3, 0.3),
+    (1.0, 1.0),
+    (0.3, 3.0),
+    (3.0, 3.0),
+    (9.0, 9.0),
+)
 
 
 @dataclass(frozen=True)
@@ -116,7 +125,9 @@ class _Search:
         if self.budget < 0:
             return None
         held = keep | self.always
-        steps = backward_steps(self.flow, held | self.problem.borders | self.problem.entering, ephemeral, self.order)
+        steps = backward_steps(
+            self.flow, held | self.problem.borders | self.problem.entering, ephemeral, self.order
+        )
         self.budget -= len(steps)
         asked = {v for s in steps for v in self.flow.operators[s.operator].reads}
         kept = held & (asked | self.problem.must_keep)
@@ -197,4 +208,3 @@ def pareto(candidates: Iterable[Option], slack: float = 0.005) -> list[Option]:
         ):
             chosen.append(option)
     return chosen
-

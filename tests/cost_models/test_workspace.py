@@ -32,14 +32,16 @@ def test_dropout_is_exact(traced, dtype: torch.dtype) -> None:
     assert backward[0] == pytest.approx(backward[1], abs=16)  # the scale as a tensor
 
 
-def test_dropout_that_keeps_all_is_exact(traced) -> None:
+def test_dropout_of_all_or_nothing_is_exact(traced) -> None:
     x = torch.ones(64)
-    for function in (
-        lambda x: aten.native_dropout(x, 0.0, True),
-        lambda x: aten.native_dropout(x, 0.5, False),
-    ):
-        ((predicted, found),) = pairs(traced(function, x))
-        assert predicted == found == 0
+    functions = {
+        lambda x: aten.native_dropout(x, 0.0, True): 256,
+        lambda x: aten.native_dropout(x, 1.0, True): 256,
+        lambda x: aten.native_dropout(x, 0.5, False): 0,
+        lambda x: aten.native_dropout(x, 0.5, None): 256,
+    }
+    for function, workspace in functions.items():
+        assert pairs(traced(function, x)) == [(workspace, workspace)]
 
 
 def test_batch_norm_backward_is_exact(traced) -> None:
