@@ -68,6 +68,8 @@ def call_of(node: fx.Node) -> Call | None:
         return None
     if node.target.namespace not in ("aten", "prims") or _sizes_depend_on_data(node.target):
         return None
+    if not all("val" in argument.meta for argument in node.all_input_nodes):
+        return None
     try:
         args, kwargs = pytree.tree_map(_spec, operands(node))
     except _UnknownValue:

@@ -1,11 +1,13 @@
-"""What a pass is told about a program: the cost of every node on one device, and its kernel scratch."""
+"""What a pass is told about a program: what every node costs on one device, and its kernel scratch."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from graphopt.cost_models.devices import Device
+from graphopt.cost_models.measured import probe, probe_key
 from graphopt.cost_models.memory import Dataflow, dataflow
 from graphopt.cost_models.nodes import NodeCost, cost_table
+from graphopt.cost_models.workspace import workspace_bytes
 from graphopt.program import Program
 
 
@@ -18,11 +20,31 @@ class Costs:
     workspace_bytes: Mapping[str, int]
 
     @staticmethod
-    def of(
-        program: Program, device: Device, workspace_bytes: Mapping[str, int] | None = None
-    ) -> "Costs":
-        """Roofline costs of `program` on `device`."""
-        return Costs(device, cost_table(program.graph, device), dict(workspace_bytes or {}))
+    def of(program: Program, device: Device) -> "Costs":
+        """Roofline costs of `program` on `device`, and the scratch that follows from the shapes."""
+        scratch = {n.name: workspace_bytes(n) for n in program.operators()}
+        return Costs(device, cost_table(program.graph, device), scratch)
+
+    @staticmethod
+    def measured(program: Program, device: Device, *, seconds: bool = False) -> "Costs":
+        """As `of`, with the scratch of each kernel measured here; with `seconds`, also its time.
+
+        Every distinct operator runs alone once, or a few times where it is timed; what was found is
+        kept on disk.
+        """
+        plain = Costs.of(program, device)
+        nodes = list(program.operators())
+        probes = probe(nodes, repeats=3 if seconds else 0)
+        table = dict(plain.nodes)
+        scratch = dict(plain.workspace_bytes)
+        for node in nodes:
+            found = probes.get(probe_key(node) or "")
+            if found is None or found.seconds is None:
+                continue
+            scratch[node.name] = found.workspace_bytes
+            if seconds:
+                table[node.name] = replace(table[node.name], seconds=found.seconds)
+        return Costs(device, table, scratch)
 
     def dataflow(self, program: Program) -> Dataflow:
         """`program` as storages and operators with these costs."""

@@ -192,7 +192,7 @@ def get_device(name: str) -> Device:
 
     >>> get_device("h100").memory_bytes
     80000000000
-    >>> get_device("h10")
+    >>> get_device("h10")  # doctest: +ELLIPSIS
     Traceback (most recent call last):
     graphopt.errors.GraphoptError: unknown device 'h10', did you mean 'h100'? Known: a100, b200, ...
     """

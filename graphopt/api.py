@@ -3,6 +3,7 @@
 import copy
 import functools
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -32,6 +33,7 @@ def optimize(
     compiler: str = "eager",
     device: str | Device | None = None,
     fullgraph: bool = False,
+    profile: bool = False,
 ) -> Any:
     """`model` (a module or a function), made to train within a memory budget.
 
@@ -49,6 +51,7 @@ def optimize(
         compiler: "eager" runs the planned graphs operator by operator, exactly; "inductor" hands
             them to Inductor; "auto" chooses Inductor where a toolchain for it is there.
         device: whose costs decide between recomputations: a name, a `Device`, or None for this one.
+        profile: measure the time of every distinct operator instead of predicting it.
         fullgraph: raise TraceError at a graph break instead of planning the parts.
 
     Raises:
@@ -65,7 +68,7 @@ def optimize(
     if not isinstance(model, nn.Module) and not callable(model):
         raise TraceError(f"optimize takes a module or a function, not {type(model).__name__}")
     settings = Settings(
-        _passes(passes, memory, activations), _compiler(compiler), _device(device, model)
+        _passes(passes, memory, activations), _compiler(compiler), _device(device, model), profile
     )
     state = _State(settings, fullgraph, loss, _name(model))
     if isinstance(model, nn.Module):
@@ -156,6 +159,7 @@ class _State:
 
     def call(self, args: Any, kwargs: Any) -> Any:
         """Run; what goes wrong in capture or planning is raised once, as one of graphopt's errors."""
+        self.log.begin = time.perf_counter()
         try:
             with self.capture_settings:
                 return self.compiled(*args, **kwargs)  # type: ignore[misc]
@@ -275,15 +279,16 @@ def dynamo_backend(
 ) -> Callable[..., Any]:
     """The backend behind `torch.compile(model, backend="graphopt", options={...})`.
 
-    Options are those of `optimize`: memory, activations, passes, compiler, device.
+    Options are those of `optimize`: memory, activations, passes, compiler, device, profile.
     """
     given = dict(options or {})
-    known = {"memory", "activations", "passes", "compiler", "device"}
+    known = {"memory", "activations", "passes", "compiler", "device", "profile"}
     if unknown := sorted(set(given) - known):
         raise GraphoptError(f"unknown option {unknown[0]!r}; known are {', '.join(sorted(known))}")
     settings = Settings(
         _passes(given.get("passes"), given.get("memory"), given.get("activations")),
         _compiler(given.get("compiler", "eager")),
         _device(given.get("device"), module),
+        bool(given.get("profile", False)),
     )
     return Backend(settings, Log())(module, example_inputs)

@@ -24,12 +24,15 @@ Boxed = Callable[[list[Any]], Sequence[Any]]
 
 @dataclass(frozen=True)
 class Settings:
-    """How graphs are compiled: the passes, the compiler ("eager", "inductor"), and whose costs count."""
+    """How graphs are compiled: the passes, the compiler ("eager", "inductor"), and whose costs count.
+
+    With `profile` the time of every distinct operator is measured instead of predicted.
+    """
 
     passes: tuple[Pass, ...]
     compiler: str
     device: Device
-    workspace: Callable[[Program], dict[str, int]] | None = None
+    profile: bool = False
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,9 @@ class GraphRecord:
 
 @dataclass
 class Log:
-    """What was compiled so far, in order; the report reads it."""
+    """What was compiled so far, in order; the report reads it. `begin` is when the call began."""
+
+    begin: float = 0.0
 
     records: list[GraphRecord] = field(default_factory=list)
     breaks: list[str] = field(default_factory=list)
@@ -85,7 +90,6 @@ class _Graph:
         self.settings = settings
         self.log = log
         self.frame = frame
-        self.begin = time.perf_counter()
         self.unlikely: frozenset[str] = frozenset()
         self.full_backward: fx.GraphModule | None = None
 
@@ -108,7 +112,7 @@ class _Graph:
         return forward_module(replayed, saved), backward_module(planned, _names(saved))
 
     def _run_passes(self, program: Program) -> Program:
-        traced = time.perf_counter() - self.begin
+        traced = time.perf_counter() - self.log.begin
         planned, steps = run_passes(program, self.settings.passes, self._costs, time.perf_counter)
         self.steps = steps
         costs = self._costs(program)
@@ -116,8 +120,7 @@ class _Graph:
         return planned
 
     def _costs(self, program: Program) -> Costs:
-        workspace = self.settings.workspace
-        return Costs.of(program, self.settings.device, workspace(program) if workspace else None)
+        return Costs.measured(program, self.settings.device, seconds=self.settings.profile)
 
     def _replay_on(self, full: Program) -> Program:
         """The passes' plans applied to the program in which every gradient may arrive."""
