@@ -7,9 +7,10 @@ structure is that of the optimal persistent schedules for chains (Beaumont et al
 checkpointing for heterogeneous chains", 2019), with several options per stage.
 """
 
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+
+import numpy as np
 
 from graphopt.cost_models.memory import Dataflow
 from graphopt.passes.local_problem import LocalProblem, Placed, Surroundings, place
@@ -17,7 +18,7 @@ from graphopt.passes.segments import Spans, spans
 from graphopt.passes.span_options import Option, options
 
 MERGE = 2  # the most adjacent spans that are recomputed as one
-STATES = 96  # the most partial choices kept at a cut
+STATES = 256  # the most partial choices kept at a cut
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,42 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class _State:
-    kept_bytes: int
-    output_bytes: int
-    seconds: float
-    peak_bytes: int
-    path: "tuple[_State, Run, Option] | None"
+class _States:
+    """Partial choices at one cut, as columns: bytes kept so far, seconds, peak so far.
+
+    `origin` says how each came about: row in the table of its first cut, number of the run there, and
+    number of the option.
+    """
+
+    kept_bytes: np.ndarray
+    seconds: np.ndarray
+    peak_bytes: np.ndarray
+    origin: np.ndarray
+
+    @staticmethod
+    def start() -> "_States":
+        """Nothing chosen yet."""
+        zero = np.zeros(1)
+        return _States(zero, zero, zero, np.full((1, 4), -1))
+
+    @staticmethod
+    def together(parts: Sequence["_States"]) -> "_States":
+        """All partial choices of `parts`."""
+        return _States(
+            np.concatenate([p.kept_bytes for p in parts]),
+            np.concatenate([p.seconds for p in parts]),
+            np.concatenate([p.peak_bytes for p in parts]),
+            np.concatenate([p.origin for p in parts]),
+        )
+
+    def rows(self, index: np.ndarray) -> "_States":
+        """The partial choices at `index`."""
+        return _States(
+            self.kept_bytes[index], self.seconds[index], self.peak_bytes[index], self.origin[index]
+        )
+
+    def __len__(self) -> int:
+        return len(self.kept_bytes)
 
 
 @dataclass(frozen=True)
@@ -79,38 +110,50 @@ class Chain:
 
     def least_peak(self) -> Choice:
         """The choice of the lowest peak, and the fastest of those."""
-        states = self._solve(None)
-        return self.within(min(s.peak_bytes for s in states))  # type: ignore[return-value]
+        table = self._solve(None)
+        choice = self.within(int(table[-1].peak_bytes.min()))
+        assert choice is not None
+        return choice
 
     def within(self, limit_bytes: int) -> Choice | None:
         """The choice of the least recomputation whose peak is at most `limit_bytes`, or None."""
-        states = self._solve(limit_bytes)
-        if not states:
+        table = self._solve(limit_bytes)
+        if table is None:
             return None
-        return self._labels(min(states, key=lambda s: (s.seconds, s.peak_bytes)))
+        last = table[-1]
+        return self._labels(table, int(np.lexsort((last.peak_bytes, last.seconds))[0]))
 
-    def _solve(self, limit_bytes: int | None) -> list[_State]:
-        table: list[list[_State]] = [[] for _ in range(len(self.spans) + 1)]
-        table[0] = [_State(0, 0, 0.0, 0, None)]
+    def _solve(self, limit_bytes: int | None) -> list[_States] | None:
+        parts: list[list[_States]] = [[] for _ in range(len(self.spans) + 1)]
+        parts[0].append(_States.start())
+        table: list[_States] = []
         for cut, row in enumerate(self.runs):
-            table[cut] = _pruned(table[cut], limit_bytes is None)
-            for run in row:
-                for option in run.options:
-                    for state in table[cut]:
-                        after = _extend(state, run, option)
-                        if limit_bytes is None or after.peak_bytes <= limit_bytes:
-                            table[run.stop].append(after)
-        return table[-1]
+            if not parts[cut]:
+                return None
+            table.append(_pruned(_States.together(parts[cut]), limit_bytes is None))
+            for number, run in enumerate(row):
+                after = _extend(table[cut], run, (cut, number))
+                if limit_bytes is not None:
+                    after = after.rows(np.flatnonzero(after.peak_bytes <= limit_bytes))
+                if len(after):
+                    parts[run.stop].append(after)
+        if not parts[-1]:
+            return None
+        return [*table, _States.together(parts[-1])]
 
-    def _labels(self, state: _State) -> Choice:
+    def _labels(self, table: list[_States], row: int) -> Choice:
         keep: set[int] = set(self.spans.pinned)
         ephemeral: set[int] = set()
-        current = state
-        while current.path is not None:
-            current, run, option = current.path
+        states = table[-1]
+        seconds, peak = float(states.seconds[row]), int(states.peak_bytes[row])
+        cut, number, previous, option_number = states.origin[row]
+        while cut >= 0:
+            run = self.runs[cut][number]
+            option = run.options[option_number]
             keep.update(run.placed.values[v] for v in option.keep)
             ephemeral.update(run.placed.values[v] for v in option.ephemeral)
-        return Choice(frozenset(keep), frozenset(ephemeral - keep), state.seconds, state.peak_bytes)
+            cut, number, previous, option_number = table[cut].origin[previous]
+        return Choice(frozenset(keep), frozenset(ephemeral - keep), seconds, peak)
 
 
 def _light(run: Run) -> Run:
@@ -118,38 +161,41 @@ def _light(run: Run) -> Run:
     return replace(run, options=tuple(o for o in run.options if o.flops == least))
 
 
-def _extend(state: _State, run: Run, option: Option) -> _State:
-    local = max(
-        option.backward_bytes + run.placed.passing_bytes,
-        option.forward_bytes + state.output_bytes,
+def _extend(states: _States, run: Run, origin: tuple[int, int]) -> _States:
+    """Every partial choice of `states` followed by every option of `run`."""
+    kept = np.array([o.kept_bytes for o in run.options], dtype=float)
+    seconds = np.array([o.seconds for o in run.options])
+    passing = run.placed.passing_bytes
+    local = np.array(
+        [max(o.backward_bytes + passing, o.forward_bytes) for o in run.options], dtype=float
     )
-    return _State(
-        state.kept_bytes + option.kept_bytes,
-        state.output_bytes,
-        state.seconds + option.seconds,
-        max(state.peak_bytes, state.kept_bytes + local),
-        (state, run, option),
+    count, size = len(run.options), len(states)
+    trail = np.empty((count, size, 4), dtype=np.int64)
+    trail[:, :, 0], trail[:, :, 1] = origin
+    trail[:, :, 2] = np.arange(size)
+    trail[:, :, 3] = np.arange(count)[:, None]
+    peak = np.maximum(states.peak_bytes, states.kept_bytes + local[:, None])
+    return _States(
+        (states.kept_bytes + kept[:, None]).ravel(),
+        (states.seconds + seconds[:, None]).ravel(),
+        peak.ravel(),
+        trail.reshape(-1, 4),
     )
 
 
-def _pruned(states: Sequence[_State], for_peak: bool) -> list[_State]:
+def _pruned(states: _States, for_peak: bool) -> _States:
     """The states that no other beats in kept bytes and in seconds (or in peak), thinned out."""
-    best: list[_State] = []
-    lowest = float("inf")
-    for state in sorted(
-        states, key=lambda s: (s.kept_bytes, s.peak_bytes if for_peak else s.seconds)
-    ):
-        rank = float(state.peak_bytes) if for_peak else state.seconds
-        if rank < lowest:
-            best.append(state)
-            lowest = rank
-    if len(best) <= STATES:
-        return best
-    width = (best[-1].kept_bytes - best[0].kept_bytes) / STATES
-    edges = [best[0].kept_bytes + width * i for i in range(STATES + 1)]
-    kept = [s.kept_bytes for s in best]
-    picks = {max(0, bisect_right(kept, edge) - 1) for edge in edges}
-    return [best[i] for i in sorted(picks | {0, len(best) - 1})]
+    rank = states.peak_bytes if for_peak else states.seconds
+    order = np.lexsort((rank, states.kept_bytes))
+    lowest = np.minimum.accumulate(rank[order])
+    better = np.concatenate(([True], lowest[1:] < lowest[:-1]))
+    best = order[better]
+    if len(best) > STATES:
+        kept = states.kept_bytes[best]
+        edges = np.linspace(kept[0], kept[-1], STATES)
+        picks = np.searchsorted(kept, edges, side="right") - 1
+        best = best[np.unique(np.append(picks, (0, len(best) - 1)))]
+    return states.rows(best)
 
 
 def problem_size(chain: Chain) -> int:

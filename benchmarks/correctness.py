@@ -1,0 +1,169 @@
+"""Same numbers as eager? Losses, gradients, buffers, mixed precision and training of 17 models.
+
+    python benchmarks/correctness.py [--models gpt2,bert] [--steps 30]
+
+Small zoo models (two layers), fp32, without dropout, each against its own eager run. An error of a
+gradient is relative to the parameter's largest gradient, or to a thousandth of the model's largest
+where that is more.
+"""
+
+import argparse
+import contextlib
+import time
+from typing import Any
+
+import torch
+from harness import Size, build, fresh, note, setup, table, twin, write
+
+import graphopt
+from graphopt import PlanError, zoo
+
+BUDGETS = (None, 0.5, "min")
+SIZE = Size({}, batch=4, seq=32)
+
+
+def outcome(module: Any, batch: Any, bf16: bool = False) -> dict[str, torch.Tensor]:
+    """Loss, gradients and buffers of one step."""
+    module.zero_grad(set_to_none=True)
+    context = torch.autocast("cpu", torch.bfloat16) if bf16 else contextlib.nullcontext()
+    with context:
+        loss = module(**batch).loss
+    loss.backward()
+    found = {"loss": loss.detach().clone()}
+    found |= {
+        f"grad {name}": p.grad.clone() for name, p in module.named_parameters() if p.grad is not None
+    }
+    return found | {f"buffer {name}": b.clone() for name, b in module.named_buffers()}
+
+
+def errors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Relative errors of the loss and of the worst gradient, and whether every bit is the same."""
+    largest = max(float(g.abs().max()) for k, g in expected.items() if k.startswith("grad"))
+    worst, where = 0.0, ""
+    for key, value in expected.items():
+        if not key.startswith("grad") or key not in found:
+            continue
+        scale = max(float(value.abs().max()), 1e-3 * largest)
+        error = float((found[key] - value).abs().max()) / scale
+        if not error <= worst:
+            worst, where = error, key
+    loss = abs(float(found["loss"] - expected["loss"]) / float(expected["loss"]))
+    same = found.keys() == expected.keys()
+    differing = [k for k in expected if k not in found or not torch.equal(found[k], expected[k])]
+    return {
+        "loss": loss,
+        "gradient": worst,
+        "worst": where,
+        "bitwise": same and not differing,
+        "differing": len(differing),
+    }
+
+
+def optimized_at(model: Any, batch: Any, budget: Any) -> tuple[Any, str]:
+    """`model` within the budget, or at the smallest one where that cannot be met."""
+    candidate = graphopt.optimize(model, memory=budget)
+    try:
+        candidate(**batch)
+    except PlanError as error:
+        fresh()
+        label = f"{budget} -> reachable {error.reachable_bytes}"
+        return graphopt.optimize(model, memory=error.reachable_bytes), label
+    return candidate, str(budget)
+
+
+def compare(name: str, steps: int) -> list[dict[str, Any]]:
+    """Every check of one model: a row for each budget."""
+    rows = []
+    base, batch = build(name, SIZE)
+    expected = outcome(twin(base), batch)
+    again = errors(outcome(twin(base), batch), expected)
+    halves = [_with_threads(count, base, batch) for count in (1, 2)]
+    noise = errors(*halves)
+    expected_bf16 = outcome(twin(base), batch, bf16=True)
+    for budget in BUDGETS:
+        fresh()
+        row: dict[str, Any] = {"model": name, "budget": str(budget)}
+        try:
+            ours, row["budget"] = optimized_at(twin(base), batch, budget)
+            row |= errors(outcome(ours, batch), expected)
+            row["eager_again_bitwise"] = again["bitwise"]
+            ours, _ = optimized_at(twin(base), batch, budget)
+            row["bf16"] = errors(outcome(ours, batch, bf16=True), expected_bf16)
+            row["bf16_noise"] = noise
+            row["training"] = train(name, base, budget, steps) if steps else None
+        except Exception as error:
+            row["error"] = f"{type(error).__name__}: {str(error)[:200]}"
+        rows.append(row)
+    return rows
+
+
+def _with_threads(count: int, base: Any, batch: Any) -> dict[str, torch.Tensor]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        return outcome(twin(base), batch, bf16=True)
+    finally:
+        torch.set_num_threads(before)
+
+
+def train(name: str, base: Any, budget: Any, steps: int) -> dict[str, float]:
+    """AdamW on the same batches; the largest difference of the losses."""
+    fresh()
+    plain = twin(base)
+    batches = [zoo.example_batch(name, base, SIZE.batch, SIZE.seq, seed=s) for s in range(3)]
+    ours, _ = optimized_at(twin(base), batches[0], budget)
+    models = [plain, ours]
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-3) for m in models]
+    worst, first, last = 0.0, 0.0, 0.0
+    for step in range(steps):
+        losses = []
+        for model, optimizer in zip(models, optimizers, strict=True):
+            optimizer.zero_grad()
+            loss = model(**batches[step % 3]).loss
+            loss.backward()
+            optimizer.step()
+            losses.append(float(loss.detach()))
+        worst = max(worst, abs(losses[0] - losses[1]))
+        first, last = first or losses[0], losses[0]
+    return {"max_loss_difference": worst, "first_loss": first, "last_loss": last, "steps": steps}
+
+
+def report(rows: list[dict[str, Any]]) -> str:
+    """The table, then the cells that differ."""
+    head = ["model", "budget", "loss error", "gradient error", "bitwise", "bf16 vs eager"]
+    head += ["bf16 bitwise", "bf16 eager, 1 vs 2 threads", "training, max loss difference"]
+    lines = []
+    for row in rows:
+        if "error" in row:
+            lines.append([row["model"], row["budget"], row["error"].replace("|", "/"), *[None] * 6])
+            continue
+        trained = row["training"]["max_loss_difference"] if row["training"] else None
+        lines.append(
+            [row[k] for k in ("model", "budget", "loss", "gradient", "bitwise")]
+            + [row["bf16"]["gradient"], row["bf16"]["bitwise"], row["bf16_noise"]["gradient"]]
+            + [trained]
+        )
+    passed = sum("error" not in r and r["bitwise"] for r in rows)
+    bf16 = sum("error" not in r and r["bf16"]["bitwise"] for r in rows)
+    return f"{table(head, lines)}\n\nBitwise equal: {passed} of {len(rows)} cells; bf16: {bf16}."
+
+
+def main() -> None:
+    """All models, and what differs."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", default=",".join(zoo.names()))
+    parser.add_argument("--steps", type=int, default=30)
+    options = parser.parse_args()
+    setup()
+    rows = []
+    for name in options.models.split(","):
+        begin = time.perf_counter()
+        rows += compare(name, options.steps)
+        note(f"{name}: {time.perf_counter() - begin:.0f} s")
+        for row in rows[-len(BUDGETS) :]:
+            note(f"  {row}")
+    write("correctness", "Correctness against eager", rows, report(rows))
+
+
+if __name__ == "__main__":
+    main()

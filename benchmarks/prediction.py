@@ -1,0 +1,92 @@
+"""Predicted against measured peaks of 17 models, in eager order.
+
+    python benchmarks/prediction.py [--models gpt2,bert]
+
+One measured step for each model and budget, after two that warm up; the allocator's events repeat
+exactly, so one run is enough. `ratio` compares what is above the static bytes (parameters, buffers,
+batch), `total` the whole peak as the plan states it.
+"""
+
+import argparse
+import time
+from typing import Any
+
+import graphopt
+from graphopt import PlanError, zoo
+from harness import build, fresh, megabytes, note, peak_of, prediction, setup, table, write
+
+BUDGETS = (None, 0.6, "min")
+BAR = 0.02
+
+
+def cell(name: str, budget: Any) -> dict[str, Any]:
+    """One model at one budget: planned and measured."""
+    fresh()
+    model, batch = build(name)
+    found: dict[str, Any] = {"model": name, "budget": str(budget)}
+    try:
+        ours = graphopt.optimize(model, memory=budget)
+        measured = peak_of(ours, batch)
+    except PlanError as error:
+        found["budget"] = f"{budget} -> reachable"
+        fresh()
+        try:
+            ours = graphopt.optimize(model, memory=error.reachable_bytes)
+            measured = peak_of(ours, batch)
+        except PlanError as second:
+            return found | {"error": f"PlanError twice: {second}"}
+    except Exception as error:
+        return found | {"error": f"{type(error).__name__}: {str(error)[:200]}"}
+    plan = prediction(ours)
+    above = plan["predicted_bytes"] - plan["static_bytes"]
+    total = measured.peak + plan["static_bytes"]
+    found |= plan | {"measured_peak": measured.peak, "predicted_peak": above}
+    found["ratio"] = measured.peak / above
+    found["total_ratio"] = total / plan["predicted_bytes"]
+    if plan["budget_bytes"] is not None:
+        found["within"] = total <= plan["budget_bytes"]
+    return found
+
+
+def report(rows: list[dict[str, Any]]) -> str:
+    """The table of ratios and how many cells meet the bar."""
+    head = ["model", "budget", "predicted MB", "measured MB", "measured/predicted", "with static"]
+    head += ["measured <= budget", f"within {BAR:.0%}"]
+    lines = []
+    for row in rows:
+        if "error" in row:
+            lines.append([row["model"], row["budget"], row["error"].replace("|", "/"), *[None] * 5])
+            continue
+        shown = [megabytes(row["predicted_peak"]), megabytes(row["measured_peak"])]
+        lines.append(
+            [row["model"], row["budget"], *shown, f"{row['ratio']:.4f}"]
+            + [f"{row['total_ratio']:.4f}", row.get("within"), abs(row["ratio"] - 1) <= BAR]
+        )
+    done = [r for r in rows if "error" not in r]
+    good = sum(abs(r["ratio"] - 1) <= BAR for r in done)
+    kept = [r["within"] for r in done if "within" in r]
+    return (
+        f"{table(head, lines)}\n\nWithin {BAR:.0%}: {good} of {len(rows)} cells. "
+        f"Budgets kept: {sum(kept)} of {len(kept)}."
+    )
+
+
+def main() -> None:
+    """All models at all budgets."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", default=",".join(zoo.names()))
+    options = parser.parse_args()
+    setup()
+    rows = []
+    for name in options.models.split(","):
+        for budget in BUDGETS:
+            begin = time.perf_counter()
+            rows.append(cell(name, budget))
+            row = rows[-1]
+            shown = row.get("error") or f"{row['ratio']:.4f} {row.get('within')}"
+            note(f"{name} {budget}: {shown} ({time.perf_counter() - begin:.0f} s)")
+    write("prediction", "Predicted and measured peak", rows, report(rows))
+
+
+if __name__ == "__main__":
+    main()
