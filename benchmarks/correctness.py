@@ -13,13 +13,13 @@ import time
 from typing import Any
 
 import torch
-from harness import Size, build, fresh, note, setup, table, twin, write
+from harness import Size, build, fresh, megabytes, note, setup, table, twin, write
 
 import graphopt
 from graphopt import PlanError, zoo
 
 BUDGETS = (None, 0.5, "min")
-SIZE = Size({}, batch=4, seq=32)
+SIZE = Size({}, batch=8, seq=64)
 
 
 def outcome(module: Any, batch: Any, bf16: bool = False) -> dict[str, torch.Tensor]:
@@ -59,16 +59,23 @@ def errors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) ->
     }
 
 
-def optimized_at(model: Any, batch: Any, budget: Any) -> tuple[Any, str]:
+def optimized_at(model: Any, batch: Any, budget: Any, bf16: bool = False) -> tuple[Any, str]:
     """`model` within the budget, or at the smallest one where that cannot be met."""
+    context = torch.autocast("cpu", torch.bfloat16) if bf16 else contextlib.nullcontext()
     candidate = graphopt.optimize(model, memory=budget)
+    before = {name: b.clone() for name, b in model.named_buffers()}
+    label = str(budget)
     try:
-        candidate(**batch)
+        with context:
+            candidate(**batch)
     except PlanError as error:
         fresh()
-        label = f"{budget} -> reachable {error.reachable_bytes}"
-        return graphopt.optimize(model, memory=error.reachable_bytes), label
-    return candidate, str(budget)
+        label = f"{budget} -> {megabytes(error.reachable_bytes)} MB"
+        candidate = graphopt.optimize(model, memory=error.reachable_bytes)
+    with torch.no_grad():  # statistics are as before
+        for name, buffer in model.named_buffers():
+            buffer.copy_(before[name])
+    return candidate, label
 
 
 def compare(name: str, steps: int) -> list[dict[str, Any]]:
@@ -77,23 +84,26 @@ def compare(name: str, steps: int) -> list[dict[str, Any]]:
     base, batch = build(name, SIZE)
     expected = outcome(twin(base), batch)
     again = errors(outcome(twin(base), batch), expected)
-    halves = [_with_threads(count, base, batch) for count in (1, 2)]
-    noise = errors(*halves)
+    noise = errors(*[_with_threads(count, base, batch) for count in (1, 2)])
     expected_bf16 = outcome(twin(base), batch, bf16=True)
     for budget in BUDGETS:
         fresh()
         row: dict[str, Any] = {"model": name, "budget": str(budget)}
+        rows.append(row)
         try:
-            ours, row["budget"] = optimized_at(twin(base), batch, budget)
+            model = twin(base)
+            ours, row["budget"] = optimized_at(model, batch, budget)
             row |= errors(outcome(ours, batch), expected)
             row["eager_again_bitwise"] = again["bitwise"]
-            ours, _ = optimized_at(twin(base), batch, budget)
+            with torch.no_grad():
+                model.load_state_dict(base.state_dict())
+            row["training"] = train(name, base, ours, steps) if steps else None
+            fresh()
+            ours, _ = optimized_at(twin(base), batch, budget, bf16=True)
             row["bf16"] = errors(outcome(ours, batch, bf16=True), expected_bf16)
             row["bf16_noise"] = noise
-            row["training"] = train(name, base, budget, steps) if steps else None
         except Exception as error:
             row["error"] = f"{type(error).__name__}: {str(error)[:200]}"
-        rows.append(row)
     return rows
 
 
@@ -106,13 +116,10 @@ def _with_threads(count: int, base: Any, batch: Any) -> dict[str, torch.Tensor]:
         torch.set_num_threads(before)
 
 
-def train(name: str, base: Any, budget: Any, steps: int) -> dict[str, float]:
+def train(name: str, base: Any, ours: Any, steps: int) -> dict[str, float]:
     """AdamW on the same batches; the largest difference of the losses."""
-    fresh()
-    plain = twin(base)
+    models = [twin(base), ours]
     batches = [zoo.example_batch(name, base, SIZE.batch, SIZE.seq, seed=s) for s in range(3)]
-    ours, _ = optimized_at(twin(base), batches[0], budget)
-    models = [plain, ours]
     optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-3) for m in models]
     worst, first, last = 0.0, 0.0, 0.0
     for step in range(steps):

@@ -1,4 +1,4 @@
-"""Common to the benchmarks: the work that is measured, the measurements, and how results are written.
+"""Common to the benchmarks: the work that is measured, the measurements, and how to write results.
 
 A step is one forward and backward of a zoo model on one batch. Peaks are bytes that the allocator
 held above what was there before the step (parameters, buffers and the batch are "static").
@@ -259,8 +259,8 @@ def fresh() -> None:
 def resident_peak_of(module: nn.Module, batch: Mapping[str, Any]) -> int:
     """Growth of the process's peak resident memory over one step, in bytes (Linux).
 
-    The high-water mark is reset before the step. Start the process with `MALLOC_MMAP_THRESHOLD_` set
-    low, or memory that the allocator of C kept from earlier steps hides the growth.
+    The high-water mark is reset before the step. Start the process with `MALLOC_MMAP_THRESHOLD_`
+    set low, or memory that the allocator of C kept from earlier steps hides the growth.
     """
     for _ in range(2):
         run_step(module, batch)
@@ -302,8 +302,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     cells = [[str(c) for c in head], *([_shown(c) for c in row] for row in rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
     lines = [
-        "| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |"
-        for row in cells
+        "| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in cells
     ]
     return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
 
@@ -312,7 +311,7 @@ def _shown(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "NO"
     if isinstance(value, float):
-        return f"{value:.3g}" if abs(value) < 0.01 and value else f"{value:.3f}"
+        return "0" if value == 0 else f"{value:.2g}" if abs(value) < 0.01 else f"{value:.3f}"
     return "-" if value is None else str(value)
 
 

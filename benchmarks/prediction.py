@@ -11,9 +11,10 @@ import argparse
 import time
 from typing import Any
 
+from harness import build, fresh, megabytes, note, peak_of, prediction, setup, table, write
+
 import graphopt
 from graphopt import PlanError, zoo
-from harness import build, fresh, megabytes, note, peak_of, prediction, setup, table, write
 
 BUDGETS = (None, 0.6, "min")
 BAR = 0.02
@@ -59,8 +60,15 @@ def report(rows: list[dict[str, Any]]) -> str:
             continue
         shown = [megabytes(row["predicted_peak"]), megabytes(row["measured_peak"])]
         lines.append(
-            [row["model"], row["budget"], *shown, f"{row['ratio']:.4f}"]
-            + [f"{row['total_ratio']:.4f}", row.get("within"), abs(row["ratio"] - 1) <= BAR]
+            [
+                row["model"],
+                row["budget"],
+                *shown,
+                f"{row['ratio']:.4f}",
+                f"{row['total_ratio']:.4f}",
+                row.get("within"),
+                abs(row["ratio"] - 1) <= BAR,
+            ]
         )
     done = [r for r in rows if "error" not in r]
     good = sum(abs(r["ratio"] - 1) <= BAR for r in done)

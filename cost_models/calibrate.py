@@ -82,9 +82,7 @@ def _measure_rates() -> dict[str, float]:
 
 def _agree(first: dict[str, float], second: dict[str, float]) -> bool:
     """True where no rate of two rounds differs by more than half."""
-    return all(
-        max(rate, second[name]) <= 1.5 * min(rate, second[name]) for name, rate in first.items()
-    )
+    return all(max(rate, second[name]) <= 1.5 * min(rate, second[name]) for name, rate in first.items())
 
 
 def _matmul_flops_per_s(dtype: torch.dtype, side: int) -> float:

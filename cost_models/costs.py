@@ -13,11 +13,17 @@ from graphopt.program import Program
 
 @dataclass(frozen=True)
 class Costs:
-    """`nodes`: cost by node name. `workspace_bytes`: scratch that a kernel holds while it runs."""
+    """`nodes`: cost by node name. `workspace_bytes`: scratch that a kernel holds while it runs.
+
+    Where the program is a part of the step, `reserved_bytes` is what the other parts hold meanwhile,
+    and `followed` says that parts come after it whose needs are not known yet.
+    """
 
     device: Device
     nodes: Mapping[str, NodeCost]
     workspace_bytes: Mapping[str, int]
+    reserved_bytes: int = 0
+    followed: bool = False
 
     @staticmethod
     def of(program: Program, device: Device) -> "Costs":
@@ -48,4 +54,5 @@ class Costs:
 
     def dataflow(self, program: Program) -> Dataflow:
         """`program` as storages and operators with these costs."""
-        return dataflow(program, self.nodes, self.workspace_bytes)
+        flow = dataflow(program, self.nodes, self.workspace_bytes)
+        return replace(flow, static_bytes=flow.static_bytes + self.reserved_bytes)

@@ -168,8 +168,7 @@ KNOWN_DEVICES: dict[str, Device] = {
         ),
         _gpu(  # tensor-core products accumulate in float32, as torch does by default
             "rtx4090",
-            "https://images.nvidia.com/aem-dam/Solutions/geforce/ada/"
-            "nvidia-ada-gpu-architecture.pdf",
+            "https://images.nvidia.com/aem-dam/Solutions/geforce/ada/nvidia-ada-gpu-architecture.pdf",
             memory_gb=24,
             bandwidth_gb_per_s=1008,
             tflops={

@@ -62,9 +62,7 @@ def _convolution(weight: torch.Tensor, spatial: torch.Tensor) -> int:
     return 2 * numel(weight) * batch * math.prod(shape[len(shape) - dims :])
 
 
-def _convolution_backward(
-    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *rest: Any
-) -> int:
+def _convolution_backward(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *rest: Any) -> int:
     """As much as the forward for each of the gradients of input and weight."""
     *_, transposed, _output_padding, _groups, mask = rest
     return _convolution(weight, x if transposed else grad) * (bool(mask[0]) + bool(mask[1]))
@@ -115,9 +113,7 @@ _FORMULAS: dict[Any, Callable[..., int]] = {
     aten._scaled_dot_product_flash_attention_for_cpu_backward: (
         lambda out, grad, q, k, v, *_: _attention_backward(grad, q, k, v)
     ),
-    aten._scaled_dot_product_fused_attention_overrideable: (
-        lambda out, q, k, v, *_: _attention(q, k, v)
-    ),
+    aten._scaled_dot_product_fused_attention_overrideable: (lambda out, q, k, v, *_: _attention(q, k, v)),
     aten._scaled_dot_product_fused_attention_overrideable_backward: (
         lambda out, grad, q, k, v, *_: _attention_backward(grad, q, k, v)
     ),

@@ -81,9 +81,7 @@ def probe_key(node: fx.Node) -> str | None:
 def workspaces(nodes: Iterable[fx.Node], probes: Mapping[str, Probe]) -> dict[str, int]:
     """The workspace of each node in bytes, by the node's name; nodes without one are left out."""
     found = {node.name: probes.get(probe_key(node) or "") for node in nodes}
-    return {
-        name: item.workspace_bytes for name, item in found.items() if item and item.workspace_bytes
-    }
+    return {name: item.workspace_bytes for name, item in found.items() if item and item.workspace_bytes}
 
 
 def _measure(calls: Mapping[str, Call], device: torch.device, repeats: int) -> dict[str, Probe]:
@@ -224,8 +222,5 @@ def _write(path: Path, probes: Mapping[str, Probe]) -> None:
     known = {key: item for key, item in probes.items() if not item.remark}
     write_json(
         path,
-        {
-            key: (item.seconds, item.workspace_bytes, item.retained_bytes)
-            for key, item in known.items()
-        },
+        {key: (item.seconds, item.workspace_bytes, item.retained_bytes) for key, item in known.items()},
     )

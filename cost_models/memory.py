@@ -70,9 +70,7 @@ class Dataflow:
     @property
     def forward(self) -> range:
         """Indices of the forward's operators."""
-        return range(
-            next((i for i, o in enumerate(self.operators) if o.backward), len(self.operators))
-        )
+        return range(next((i for i, o in enumerate(self.operators) if o.backward), len(self.operators)))
 
 
 def dataflow(
@@ -126,17 +124,13 @@ class _Builder:
 
     def _visit(self, node: fx.Node, backward: bool) -> None:
         inputs = node.all_input_nodes
-        if (
-            any(n in self.tainted for n in inputs)
-            or self.program.roles.get(node.name) is Role.TANGENT
-        ):
+        if any(n in self.tainted for n in inputs) or self.program.roles.get(node.name) is Role.TANGENT:
             self.tainted.add(node)
-        mine, written = [], []
+        mine: list[int] = []
+        written: list[int] = []
         for leaf in leaves(node):
             if leaf.alias is None:
-                producer = (
-                    NO_PRODUCER if node.op in ("placeholder", "get_attr") else len(self.operators)
-                )
+                producer = NO_PRODUCER if node.op in ("placeholder", "get_attr") else len(self.operators)
                 nbytes = 0 if self.program.roles.get(node.name) is Role.TANGENT else leaf.nbytes
                 label = node.name if len(leaves(node)) == 1 else f"{node.name}[{len(mine)}]"
                 mine.append(self._new(nbytes, producer, label))

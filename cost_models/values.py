@@ -130,9 +130,7 @@ def is_view(node: fx.Node) -> bool:
     if not outputs or schema is None or schema.is_mutable:
         return False
     sources = {
-        _storage(tensor)
-        for source in node.all_input_nodes
-        for tensor in tensors(source.meta.get("val"))
+        _storage(tensor) for source in node.all_input_nodes for tensor in tensors(source.meta.get("val"))
     } - {None}
     return all(_storage(tensor) in sources for tensor in outputs)
 

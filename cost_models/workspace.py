@@ -80,9 +80,7 @@ def _convolution(x: torch.Tensor, weight: torch.Tensor, _bias: Any, *rest: Any) 
     return int(max(_copy(x) + _copy(weight), out))
 
 
-def _convolution_backward(
-    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *rest: Any
-) -> int:
+def _convolution_backward(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *rest: Any) -> int:
     """The largest of the moments of two convolutions in turn, each between blocked copies."""
     _bias, _stride, _padding, _dilation, transposed, _output_padding, groups, mask = rest
     if not _is_blocked(x, weight, transposed, groups) or not _is_plain(grad):

@@ -83,9 +83,7 @@ def _passes(passes: Sequence[Pass] | None, memory: Budget, activations: Budget) 
         raise GraphoptError("give either passes= or a budget; a budget is short for one Checkpoint")
     wrong = [p for p in passes if not isinstance(p, Pass)]
     if wrong:
-        raise GraphoptError(
-            f"passes= takes pass objects like graphopt.Checkpoint(), not {wrong[0]!r}"
-        )
+        raise GraphoptError(f"passes= takes pass objects like graphopt.Checkpoint(), not {wrong[0]!r}")
     return tuple(passes)
 
 
@@ -104,9 +102,7 @@ def _device(device: str | Device | None, model: Any) -> Device:
         return device
     if device is not None:
         return get_device(device)
-    tensors = (
-        iter([*model.parameters(), *model.buffers()]) if isinstance(model, nn.Module) else iter(())
-    )
+    tensors = iter([*model.parameters(), *model.buffers()]) if isinstance(model, nn.Module) else iter(())
     first = next(tensors, None)
     if first is not None and first.device.type == "cuda":
         return _cuda_device(first.device)
@@ -121,9 +117,7 @@ def _cuda_device(device: torch.device) -> Device:
 
 def _name(model: Any) -> str:
     return (
-        type(model).__name__
-        if isinstance(model, nn.Module)
-        else getattr(model, "__name__", "function")
+        type(model).__name__ if isinstance(model, nn.Module) else getattr(model, "__name__", "function")
     )
 
 
@@ -159,7 +153,8 @@ class _State:
 
     def call(self, args: Any, kwargs: Any) -> Any:
         """Run; what goes wrong in capture or planning is raised once, as one of graphopt's errors."""
-        self.log.begin = time.perf_counter()
+        self.log.begin, self.log.first = time.perf_counter(), len(self.log.records)
+        self.log.last_run.clear()
         try:
             with self.capture_settings:
                 return self.compiled(*args, **kwargs)  # type: ignore[misc]
@@ -174,18 +169,22 @@ class _State:
             raise TraceError(f"{self.name} breaks into several graphs: {reason}") from error
         except torch._dynamo.exc.TorchDynamoException as error:
             reason = str(error).strip().splitlines()[0]
-            raise TraceError(
-                f"{self.name} could not be captured on these inputs: {reason}"
-            ) from error
+            raise TraceError(f"{self.name} could not be captured on these inputs: {reason}") from error
 
     def report(self) -> Report:
         """What happened so far."""
         return Report.of(self.name, self.settings, self.log)
 
+    def measure(self, optimized: nn.Module, args: Any, kwargs: Any) -> Report:
+        """Measure a plain and an optimised step of the model, and report."""
+        from graphopt.comparison import compare_steps
 
-def _with_loss(
-    function: Callable[..., Any], loss: Callable[..., torch.Tensor]
-) -> Callable[..., Any]:
+        plain = self.original if self.loss is None else _with_loss(self.original, self.loss)
+        self.log.measured = compare_steps(plain, optimized, self.original, args, kwargs)
+        return self.report()
+
+
+def _with_loss(function: Callable[..., Any], loss: Callable[..., torch.Tensor]) -> Callable[..., Any]:
     def with_loss(*args: Any, target: Any = None, **kwargs: Any) -> Any:
         output = function(*args, **kwargs)
         return output if target is None else loss(output, target)
@@ -208,6 +207,15 @@ class OptimizedModule:
         """What changed, what was predicted, what was measured."""
         return self._graphopt.report()
 
+    def measure(self, *args: Any, **kwargs: Any) -> Report:
+        """The report, with the measured memory and time of a plain and of an optimised step.
+
+        The arguments are those of a call. Of each kind, five steps run: forward and backward of the
+        loss, as the model is now (mode, autocast). Gradients, buffers and random generators are put
+        back afterwards; parameters do not change, unless a hook of the model changes them.
+        """
+        return self._graphopt.measure(self, args, kwargs)
+
     @property
     def original(self) -> nn.Module:
         """The module that was optimised; it runs as it did."""
@@ -219,9 +227,7 @@ class OptimizedModule:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         state = self._graphopt
-        return _rebuilt(
-            copy.deepcopy(state.original, memo), state.settings, state.fullgraph, state.loss
-        )
+        return _rebuilt(copy.deepcopy(state.original, memo), state.settings, state.fullgraph, state.loss)
 
     def __reduce__(self) -> Any:
         state = self._graphopt
@@ -244,7 +250,7 @@ def _optimized_module(model: nn.Module, state: _State) -> nn.Module:
     result = kind.__new__(kind)
     object.__setattr__(result, "__dict__", model.__dict__)
     kind._graphopt.__set__(result, state)  # type: ignore[attr-defined]
-    state.original = model
+    state.original = state.log.module = model
     state.bind(model.forward)
     return result  # type: ignore[no-any-return]
 

@@ -23,10 +23,9 @@ from torch._functorch._aot_autograd.descriptors import (
 from graphopt.program import Input, Program, Role, record_leaves
 
 # Logging breaks a graph and changes no result. The last two are what transformers adds to loggers.
-_LOGGING_METHODS = ("debug", "info", "warning", "error", "exception", "critical", "log") + (
-    "warning_once",
-    "info_once",
-    "warning_advice",
+_LOGGING_METHODS = (
+    *("debug", "info", "warning", "error", "exception", "critical", "log", "isEnabledFor"),
+    *("warning_once", "info_once", "warning_advice"),
 )
 
 
@@ -67,7 +66,7 @@ def _source_name(node: fx.Node) -> str | None:
     source = getattr(argument, "source", None) or getattr(node, "_dynamo_source", None)
     if source is None:
         return None
-    return source.name if isinstance(source.name, str) else source.name()
+    return str(source.name if isinstance(source.name, str) else source.name())
 
 
 def _role(node: fx.Node, value: Any) -> Role:

@@ -62,9 +62,7 @@ def storages_of(graph: fx.Graph) -> dict[fx.Node, tuple[Storage, ...]]:
     return found
 
 
-def last_uses(
-    graph: fx.Graph, storages: dict[fx.Node, tuple[Storage, ...]]
-) -> dict[Storage, fx.Node]:
+def last_uses(graph: fx.Graph, storages: dict[fx.Node, tuple[Storage, ...]]) -> dict[Storage, fx.Node]:
     """For each storage, the last node that reads it, views not counted unless they are read."""
     last: dict[Storage, fx.Node] = {}
     for node in reversed(graph.nodes):

@@ -16,7 +16,7 @@ aten = torch.ops.aten
 
 # Attention operators that draw random numbers only when their dropout probability is positive,
 # with the position of that argument.
-_DROPOUT_ARGUMENT = {
+_DROPOUT_ARGUMENT: dict[Any, int] = {
     aten._scaled_dot_product_flash_attention.default: 3,
     aten._scaled_dot_product_flash_attention_for_cpu.default: 3,
     aten._scaled_dot_product_efficient_attention.default: 5,
@@ -104,12 +104,10 @@ def is_random(node: fx.Node) -> bool:
     position = _DROPOUT_ARGUMENT.get(node.target)
     if position is None:
         return True
-    probability = (
-        node.args[position] if len(node.args) > position else node.kwargs.get("dropout_p", 0.0)
-    )
+    probability = node.args[position] if len(node.args) > position else node.kwargs.get("dropout_p", 0.0)
     if node.target is aten.native_dropout.default and len(node.args) > 2 and node.args[2] is False:
         return False
-    return probability != 0.0
+    return bool(probability != 0.0)
 
 
 def mutates(target: Any) -> bool:
@@ -136,6 +134,8 @@ def may_recompute(node: fx.Node) -> bool:
     """
     if node.op != "call_function" or is_collective(node.target) or mutates(node.target):
         return False
+    if getattr(node.target, "namespace", None) == "inductor_prims" and is_random(node):
+        return False  # Inductor's seeds: drawn once, and all that depends on them can be replayed
     return isinstance(node.target, torch._ops.OpOverload) or node.target is operator.getitem
 
 

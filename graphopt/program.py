@@ -125,7 +125,7 @@ def tensors_of(node: fx.Node) -> tuple[torch.Tensor | None, ...]:
 
 def leaves(node: fx.Node) -> tuple[Leaf, ...]:
     """The recorded storages of a node's value; () for a node that holds no tensor."""
-    return node.meta.get(LEAVES, ())
+    return node.meta.get(LEAVES, ())  # type: ignore[no-any-return]
 
 
 def storage_nbytes(tensor: torch.Tensor) -> int:
@@ -149,9 +149,7 @@ def record_leaves(graph: fx.Graph) -> None:
 
 def _alias(node: fx.Node, tensor: torch.Tensor) -> tuple[int, int] | None:
     if not isinstance(tensor, FakeTensor) and tensor.device.type == "meta":
-        raise TraceError(
-            f"node {node.name} was traced without fake tensors; its storages are unknown"
-        )
+        raise TraceError(f"node {node.name} was traced without fake tensors; its storages are unknown")
     storage = tensor.untyped_storage()._cdata
     for position, source in enumerate(node.all_input_nodes):
         for index, other in enumerate(tensors_of(source)):

@@ -1,10 +1,197 @@
-from dataclasses import dataclass
+"""What `optimize` did and what it is worth: one object that prints, and writes JSON and HTML."""
+
+import html
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from graphopt import __version__
+from graphopt.cost_models.devices import format_bytes
+from graphopt.graph_report import GraphReport
+from graphopt.runtime import GraphRecord, Log, Settings
+from graphopt.timeline import CATEGORIES, MemoryTimeline
+
+if TYPE_CHECKING:
+    from graphopt.comparison import StepComparison
+
+SCHEMA = 1
+TIMELINE_POINTS = 500  # of a timeline in JSON: the fullest step of each stretch
 
 
 @dataclass(frozen=True)
+class GraphBreak:
+    """A place where the model was cut into two graphs: `file:line`, the code there, the reason."""
+
+    place: str
+    code: str
+    reason: str
+
+
+@dataclass(frozen=True, eq=False)
 class Report:
-    log: object
+    """What was captured, planned, predicted and measured, at the time the report was made.
+
+    `records` are the graphs that the last call ran (several only at graph breaks) and
+    `other_graphs` counts those compiled for other calls. Peaks are bytes of the whole step:
+    parameters, buffers, inputs, gradients and activations.
+    """
+
+    name: str
+    settings: Settings
+    records: tuple[GraphRecord, ...]
+    other_graphs: int
+    breaks: tuple[GraphBreak, ...]
+    measured: "StepComparison | None" = None
 
     @staticmethod
-    def of(name, settings, log):
-        return Report(log)
+    def of(name: str, settings: Settings, log: Log) -> "Report":
+        """The report of what `log` holds now."""
+        last = sorted(log.last_run) or range(len(log.records))
+        records = tuple(log.records[i] for i in last)
+        breaks = tuple(dict.fromkeys(log.breaks))
+        return Report(
+            name,
+            settings,
+            records,
+            len(log.records) - len(records),
+            tuple(_graph_break(text) for text in breaks),
+            log.measured,
+        )
+
+    @cached_property
+    def graphs(self) -> tuple[GraphReport, ...]:
+        """The facts about each graph of the last call, in the order they ran."""
+        return tuple(GraphReport.of(record) for record in self.records)
+
+    @property
+    def predicted_peak_bytes(self) -> int | None:
+        """The predicted peak of the optimised step; None before the first call."""
+        return max((g.peak_bytes for g in self.graphs), default=None)
+
+    @property
+    def baseline_peak_bytes(self) -> int | None:
+        """The predicted peak of the step with everything kept; None before the first call."""
+        return max((g.baseline_peak_bytes for g in self.graphs), default=None)
+
+    @property
+    def measured_peak_bytes(self) -> int | None:
+        """The measured peak of the optimised step; None until `measure` was called."""
+        return None if self.measured is None else self._whole(self.measured.optimized.peak_bytes)
+
+    @property
+    def measured_baseline_bytes(self) -> int | None:
+        """The measured peak of the plain step; None until `measure` was called."""
+        return None if self.measured is None else self._whole(self.measured.plain.peak_bytes)
+
+    def _whole(self, above_bytes: int) -> int:
+        """Measured bytes are those above what was live; the graph's static bytes were."""
+        return above_bytes + max((g.static_bytes for g in self.graphs), default=0)
+
+    def __str__(self) -> str:
+        from graphopt.terminal import report_text
+
+        return report_text(self)
+
+    __repr__ = __str__
+
+    def to_json(self) -> str:
+        """The report as JSON text, with these keys; sizes are bytes, times are seconds.
+
+        - `schema`: 1; a later schema that drops or changes a key has another number.
+        - `graphopt`, `model`, `device`, `compiler`: texts; `passes`: each pass as text.
+        - `predicted_peak_bytes`, `baseline_peak_bytes`, `measured_peak_bytes`,
+          `measured_baseline_bytes`: as the attributes; null where not known.
+        - `measured`: null, or `plain` and `optimized`, each with `peak_bytes`, `activation_bytes`
+          (both above what was live before the step) and `seconds`.
+        - `graphs`: a list of objects with the fields of `GraphReport`. Its `before` and `after` are
+          timelines: `forward_steps` and `steps` (their number), and lists of equal length, `step`
+          and one for each of static, kept, recomputed, gradients, transients: the fullest step of
+          each stretch of the run, at most 500.
+        - `other_graphs`: number of graphs of earlier calls with other shapes.
+        - `breaks`: a list of objects with `place`, `code` and `reason`.
+        """
+        peaks = (
+            "predicted_peak_bytes",
+            "baseline_peak_bytes",
+            "measured_peak_bytes",
+            "measured_baseline_bytes",
+        )
+        data = {
+            "schema": SCHEMA,
+            "graphopt": __version__,
+            "model": self.name,
+            "device": self.settings.device.name,
+            "compiler": self.settings.compiler,
+            "passes": [repr(p) for p in self.settings.passes],
+            **{name: getattr(self, name) for name in peaks},
+            "measured": None if self.measured is None else asdict(self.measured),
+            "graphs": [_graph_json(g) for g in self.graphs],
+            "other_graphs": self.other_graphs,
+            "breaks": [asdict(b) for b in self.breaks],
+        }
+        return json.dumps(data, indent=1)
+
+    def _repr_html_(self) -> str:
+        """Tables for a notebook."""
+        rows = [
+            ("predicted peak", self.predicted_peak_bytes, self.baseline_peak_bytes),
+            ("measured peak", self.measured_peak_bytes, self.measured_baseline_bytes),
+        ]
+        cells = [(what, *map(_bytes_or_dash, values)) for what, *values in rows]
+        parts = [f"<p><b>{html.escape(self.name)}</b></p>"]
+        parts.append(_table(("", "optimized", "plain"), cells))
+        for graph in self.graphs:
+            kept = [(f.name, format_bytes(f.nbytes), f.origin.place, f.why) for f in graph.kept]
+            parts.append(_table(("kept", "size", "made at", "why"), kept[:10]))
+            again = [(f.name, f.operator, f.origin.place, f.why) for f in graph.recomputed]
+            parts.append(_table(("recomputed", "operator", "made at", "why"), again[:10]))
+        return "\n".join(parts)
+
+
+def _graph_break(text: str) -> GraphBreak:
+    """From `file:line: reason`, or a reason alone."""
+    import linecache
+    import re
+
+    from graphopt.origin import short_path
+
+    match = re.match(r"(?P<file>.+?):(?P<line>\d+): (?P<reason>.*)", text, re.DOTALL)
+    if match is None:
+        return GraphBreak("", "", text)
+    code = linecache.getline(match["file"], int(match["line"])).strip()
+    return GraphBreak(f"{short_path(match['file'])}:{match['line']}", code, match["reason"])
+
+
+def _graph_json(graph: GraphReport) -> dict[str, Any]:
+    """The fields of a graph, timelines thinned out."""
+    plain = asdict(graph)
+    plain["before"], plain["after"] = _timeline_json(graph.before), _timeline_json(graph.after)
+    return plain
+
+
+def _timeline_json(timeline: MemoryTimeline) -> dict[str, Any]:
+    points = timeline.sampled(TIMELINE_POINTS)
+    rows = zip(CATEGORIES, timeline.alive_bytes, strict=True)
+    return {
+        "forward_steps": timeline.forward_steps,
+        "steps": len(timeline.operators),
+        "step": points.tolist(),
+        **{category: np.take(row, points).tolist() for category, row in rows},
+    }
+
+
+def _bytes_or_dash(nbytes: int | None) -> str:
+    return "–" if nbytes is None else format_bytes(nbytes)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    if not rows:
+        return ""
+    lines = [f"<tr>{''.join(f'<th>{html.escape(cell)}</th>' for cell in head)}</tr>"]
+    for row in rows:
+        lines.append(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>")
+    return "\n".join(["<table>", *lines, "</table>"])

@@ -2,8 +2,8 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
@@ -15,9 +15,12 @@ from graphopt.cost_models.devices import Device
 from graphopt.lower import boxed, overwrite_dead_operands
 from graphopt.passes.base import Pass
 from graphopt.passes.pipeline import PassStep, run_passes
-from graphopt.program import Program
+from graphopt.program import Program, Role, leaves
 from graphopt.split import backward_module, forward_module, saved_nodes
 from graphopt.tangents import unlikely_tangents, without_gradients
+
+if TYPE_CHECKING:
+    from graphopt.comparison import StepComparison
 
 Boxed = Callable[[list[Any]], Sequence[Any]]
 
@@ -45,15 +48,29 @@ class GraphRecord:
     costs: Costs
     trace_seconds: float
 
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes that the backward takes from the forward, inputs of the graph left out."""
+        saved = (n for n in saved_nodes(self.after) if n.op != "placeholder")
+        return sum(leaf.nbytes for n in saved for leaf in leaves(n))
+
 
 @dataclass
 class Log:
-    """What was compiled so far, in order; the report reads it. `begin` is when the call began."""
+    """What was compiled so far, in order; the report reads it.
+
+    `begin` is when the current call began, `first` the number of records then; `module` is the module
+    that is optimised, if it is one.
+    """
 
     begin: float = 0.0
+    first: int = 0
+    module: torch.nn.Module | None = None
 
     records: list[GraphRecord] = field(default_factory=list)
     breaks: list[str] = field(default_factory=list)
+    last_run: set[int] = field(default_factory=set)  # records that the last call ran
+    measured: "StepComparison | None" = None
 
 
 class Backend:
@@ -80,7 +97,7 @@ class Backend:
                 inference_compiler=graph.compile_inference,
                 partition_fn=graph.partition,
             )(module, example_inputs)
-        return _leaving_gradients_undefined(compiled)
+        return _noted(self.log, graph, _leaving_gradients_undefined(compiled))
 
 
 class _Graph:
@@ -92,9 +109,10 @@ class _Graph:
         self.frame = frame
         self.unlikely: frozenset[str] = frozenset()
         self.full_backward: fx.GraphModule | None = None
+        self.record: int | None = None
 
     def partition(
-        self, joint: fx.GraphModule, _inputs: Any, *, num_fwd_outputs: int, **_: Any
+        self, joint: fx.GraphModule, inputs: Any, *, num_fwd_outputs: int, **_: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         """AOTAutograd's partition function: plan, apply, split."""
         full = program_of(joint, num_fwd_outputs, self.frame)
@@ -116,11 +134,14 @@ class _Graph:
         planned, steps = run_passes(program, self.settings.passes, self._costs, time.perf_counter)
         self.steps = steps
         costs = self._costs(program)
+        self.record = len(self.log.records)
         self.log.records.append(GraphRecord(program, planned, steps, costs, traced))
         return planned
 
     def _costs(self, program: Program) -> Costs:
-        return Costs.measured(program, self.settings.device, seconds=self.settings.profile)
+        costs = Costs.measured(program, self.settings.device, seconds=self.settings.profile)
+        reserved = _held_elsewhere(self.log, program, self.frame.broken_at is not None)
+        return replace(costs, reserved_bytes=reserved, followed=self.frame.broken_at is not None)
 
     def _replay_on(self, full: Program) -> Program:
         """The passes' plans applied to the program in which every gradient may arrive."""
@@ -130,9 +151,15 @@ class _Graph:
 
     def compile_inference(self, module: fx.GraphModule, _inputs: Sequence[Any]) -> Boxed:
         """The forward alone, under no_grad."""
+        return _eager(self._run_passes(self._forward_program(module)).module)
+
+    def record_inference(self, module: fx.GraphModule) -> None:
+        """Plan and log the forward alone, for a compiler that runs `module` as it is."""
+        self._run_passes(self._forward_program(module))
+
+    def _forward_program(self, module: fx.GraphModule) -> Program:
         outputs = module.graph.output_node().args[0]
-        program = program_of(module, len(outputs), self.frame)  # type: ignore[arg-type]
-        return _eager(self._run_passes(program).module)
+        return program_of(module, len(outputs), self.frame)  # type: ignore[arg-type]
 
     def compile_forward(self, module: fx.GraphModule, _inputs: Sequence[Any]) -> Boxed:
         """The forward of a training step."""
@@ -140,11 +167,11 @@ class _Graph:
 
     def compile_backward(self, module: fx.GraphModule, _inputs: Sequence[Any]) -> Boxed:
         """The backward; where an unlikely gradient does arrive, the one that expects all of them."""
-        return self.backward_of(module, _eager(module))
-
-    def backward_of(self, module: fx.GraphModule, usual: Boxed) -> Boxed:
-        """`usual` where no unlikely gradient arrives, else the full backward, in eager order."""
         placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
+        return self.backward_of(placeholders, _eager(module))
+
+    def backward_of(self, placeholders: Sequence[fx.Node], usual: Boxed) -> Boxed:
+        """`usual` where no unlikely gradient arrives, else the full backward, in eager order."""
         unlikely = [i for i, n in enumerate(placeholders) if n.name in self.unlikely]
         fills = [n.meta["val"] for n in placeholders]
         full: list[Boxed] = []
@@ -164,6 +191,29 @@ class _Graph:
         return run
 
 
+def _held_elsewhere(log: Log, program: Program, followed: bool) -> int:
+    """Bytes that the step holds outside `program`: other parameters, and what other graphs keep.
+
+    Where the callable has several graphs, the gradients of the parameters of the others count too.
+    """
+    earlier = log.records[log.first :]
+    held = sum(record.kept_bytes for record in earlier)
+    if log.module is None:
+        return held + sum(_bytes_of(r.before, Role.PARAMETER, Role.BUFFER) for r in earlier)
+    every = {t.untyped_storage()._cdata: t for t in (*log.module.buffers(), *log.module.parameters())}
+    held += sum(t.untyped_storage().nbytes() for t in every.values())
+    held -= _bytes_of(program, Role.PARAMETER, Role.BUFFER)
+    if earlier or followed:
+        trained = sum(t.untyped_storage().nbytes() for t in every.values() if t.requires_grad)
+        held += max(0, trained - _bytes_of(program, Role.PARAMETER))
+    return max(0, held)
+
+
+def _bytes_of(program: Program, *roles: Role) -> int:
+    nodes = (n for n in program.graph.nodes if program.roles.get(n.name) in roles)
+    return sum(leaf.nbytes for n in nodes for leaf in leaves(n))
+
+
 def _names(nodes: Sequence[fx.Node]) -> list[str]:
     return [n.name for n in nodes]
 
@@ -175,6 +225,18 @@ def _eager(module: fx.GraphModule) -> Boxed:
 
 def _zeros_like(value: torch.Tensor) -> torch.Tensor:
     return torch.zeros(value.shape, dtype=value.dtype, device=value.device)
+
+
+def _noted(log: Log, graph: _Graph, compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """`compiled`, which notes in the log that its graph ran."""
+
+    def run(*arguments: Any) -> Any:
+        results = compiled(*arguments)
+        if graph.record is not None:
+            log.last_run.add(graph.record)
+        return results
+
+    return run
 
 
 def _leaving_gradients_undefined(compiled: Callable[..., Any]) -> Callable[..., Any]:

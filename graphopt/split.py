@@ -80,9 +80,7 @@ def backward_module(program: Program, saved: Sequence[str]) -> fx.GraphModule:
         if node in late or (node.op == "get_attr" and node not in env):
             missing = [n.name for n in node.all_input_nodes if n not in env]
             if missing:
-                raise VerifyError(
-                    f"backward node {node.name} reads {missing[0]}, which is not saved"
-                )
+                raise VerifyError(f"backward node {node.name} reads {missing[0]}, which is not saved")
             env[node] = _copy(graph, node, env)
     results = [env[g] if isinstance(g, fx.Node) else g for g in program.gradients]
     descriptions = list(program.graph.output_node().meta.get("desc", ()))

@@ -17,7 +17,8 @@ def unlikely_tangents(program: Program) -> frozenset[str]:
     These are the outputs beside a loss. The caller must keep a backward for the case that a
     gradient does arrive.
     """
-    scalars, others = [], []
+    scalars: list[str] = []
+    others: list[str] = []
     for node in program.graph.nodes:
         if program.roles.get(node.name) is Role.TANGENT:
             tensor = tensors_of(node)[0]

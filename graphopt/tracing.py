@@ -94,9 +94,7 @@ def _keep(
     return default_partition(joint, inputs, num_fwd_outputs=num_fwd_outputs, **options)
 
 
-def _keep_forward(
-    module: fx.GraphModule, frame: Frame, programs: list[Program]
-) -> Callable[..., Any]:
+def _keep_forward(module: fx.GraphModule, frame: Frame, programs: list[Program]) -> Callable[..., Any]:
     outputs = module.graph.output_node().args[0]
     programs.append(program_of(module, len(outputs), frame).copy())  # type: ignore[arg-type]
     return _boxed_interpreter(module, ())
@@ -151,9 +149,7 @@ class _Faker:
         import types
 
         cells = tuple(
-            types.CellType(self.module(c.cell_contents))
-            if isinstance(c.cell_contents, nn.Module)
-            else c
+            types.CellType(self.module(c.cell_contents)) if isinstance(c.cell_contents, nn.Module) else c
             for c in function.__closure__
         )
         return types.FunctionType(
@@ -175,9 +171,7 @@ def _arguments(example_inputs: Examples) -> tuple[tuple[Any, ...], dict[str, Any
 
 
 def _name(model: Any) -> str:
-    return (
-        type(model).__name__ if isinstance(model, nn.Module) else getattr(model, "__name__", "it")
-    )
+    return type(model).__name__ if isinstance(model, nn.Module) else getattr(model, "__name__", "it")
 
 
 def _reason(error: BaseException) -> str:

@@ -29,9 +29,7 @@ def check_order(program: Program) -> None:
     for node in program.graph.nodes:
         for source in node.all_input_nodes:
             if source not in seen:
-                raise VerifyError(
-                    f"{node.name} reads {source.name} before it is made\n" + excerpt(node)
-                )
+                raise VerifyError(f"{node.name} reads {source.name} before it is made\n" + excerpt(node))
         seen.add(node)
 
 
@@ -47,9 +45,7 @@ def check_facts(program: Program) -> None:
         inputs = len(node.all_input_nodes)
         for leaf in leaves(node):
             if leaf.alias is not None and leaf.alias[0] >= inputs:
-                raise VerifyError(
-                    f"{node.name} aliases an input that it does not have\n" + excerpt(node)
-                )
+                raise VerifyError(f"{node.name} aliases an input that it does not have\n" + excerpt(node))
 
 
 def check_phases(program: Program) -> None:
@@ -57,9 +53,7 @@ def check_phases(program: Program) -> None:
     late = late_nodes(program)
     for output in program.forward_outputs:
         if isinstance(output, fx.Node) and output in late:
-            raise VerifyError(
-                f"forward output {output.name} is made in the backward\n" + excerpt(output)
-            )
+            raise VerifyError(f"forward output {output.name} is made in the backward\n" + excerpt(output))
     for node in program.operators():
         if node not in late and any(n in late for n in node.all_input_nodes):
             raise VerifyError(f"{node.name} of the forward reads the backward\n" + excerpt(node))
@@ -73,9 +67,7 @@ def check_interface(program: Program, before: Program) -> None:
         if isinstance(new, fx.Node) is not isinstance(old, fx.Node):
             raise VerifyError(f"output {old} became {new}")
         if isinstance(new, fx.Node) and _facts(new) != _facts(old):
-            raise VerifyError(
-                f"output {old.name} {_facts(old)} became {_facts(new)}\n" + excerpt(new)
-            )
+            raise VerifyError(f"output {old.name} {_facts(old)} became {_facts(new)}\n" + excerpt(new))
 
 
 def _facts(node: fx.Node) -> list[tuple[object, ...] | None]:

@@ -83,9 +83,7 @@ _SWIN = (
     | {"drop_path_rate": 0.0}
 )
 _CONVNEXT = _IMAGE | {"num_stages": 2, "hidden_sizes": (32, 64), "depths": (1, 1)}
-_RESNET50 = (
-    _IMAGE | {"depths": (3, 4, 6, 3)} | {"embedding_size": 16, "hidden_sizes": (32, 64, 128, 256)}
-)
+_RESNET50 = _IMAGE | {"depths": (3, 4, 6, 3)} | {"embedding_size": 16, "hidden_sizes": (32, 64, 128, 256)}
 _CLIP = (
     {f"text_config.{key}": value for key, value in (_IDS | _LAYERS).items()}
     | {"text_config.eos_token_id": 3}  # 2 is read as the flag of old checkpoints
@@ -135,8 +133,7 @@ def entry_of(name: str) -> ZooEntry:
     if name in ENTRIES:
         return ENTRIES[name]
     raise GraphoptError(
-        f"no zoo model is called {name!r}{_did_you_mean(name, ENTRIES)}; "
-        f"the zoo has {', '.join(ENTRIES)}"
+        f"no zoo model is called {name!r}{_did_you_mean(name, ENTRIES)}; the zoo has {', '.join(ENTRIES)}"
     )
 
 
@@ -297,9 +294,7 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 # --- batches -----------------------------------------------------------------------------------
 
 
-def example_batch(
-    name: str, model: nn.Module, batch: int = 2, seq: int = 32, seed: int = 0
-) -> Batch:
+def example_batch(name: str, model: nn.Module, batch: int = 2, seq: int = 32, seed: int = 0) -> Batch:
     """Random inputs and labels on the model's device; ``model(**batch).loss`` is a scalar.
 
     ``batch`` is the number of samples; ``seq`` the number of tokens of each, which image models do

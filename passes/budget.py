@@ -29,9 +29,7 @@ def resolve_budget(budget: Budget, baseline_bytes: int, option: str = "memory") 
         raise PlanError(f"{option}={budget!r} is not a budget; {_FORMS}")
     if isinstance(budget, float):
         if not 0 < budget <= 1:
-            raise PlanError(
-                f"{option}={budget!r}: a share lies above 0 and is at most 1.0; {_FORMS}"
-            )
+            raise PlanError(f"{option}={budget!r}: a share lies above 0 and is at most 1.0; {_FORMS}")
         return int(budget * baseline_bytes)
     if not isinstance(budget, (int, str)):
         raise PlanError(f"{option}={budget!r} is not a budget; {_FORMS}")

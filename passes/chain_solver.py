@@ -111,6 +111,7 @@ class Chain:
     def least_peak(self) -> Choice:
         """The choice of the lowest peak, and the fastest of those."""
         table = self._solve(None)
+        assert table is not None  # without a limit, every path is allowed
         choice = self.within(int(table[-1].peak_bytes.min()))
         assert choice is not None
         return choice
@@ -166,9 +167,7 @@ def _extend(states: _States, run: Run, origin: tuple[int, int]) -> _States:
     kept = np.array([o.kept_bytes for o in run.options], dtype=float)
     seconds = np.array([o.seconds for o in run.options])
     passing = run.placed.passing_bytes
-    local = np.array(
-        [max(o.backward_bytes + passing, o.forward_bytes) for o in run.options], dtype=float
-    )
+    local = np.array([max(o.backward_bytes + passing, o.forward_bytes) for o in run.options], dtype=float)
     count, size = len(run.options), len(states)
     trail = np.empty((count, size, 4), dtype=np.int64)
     trail[:, :, 0], trail[:, :, 1] = origin

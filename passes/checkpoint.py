@@ -22,6 +22,7 @@ from graphopt.passes.checkpoint_choice import (
     everything,
     holding_outputs,
     names_of,
+    states_needed,
     step_of,
     values_named,
     without_gradient_bytes,
@@ -92,13 +93,15 @@ class Checkpoint(Pass):
         baseline = flow.static_bytes + step_of(flow, everything(flow)).peak_bytes
         budget = self._budget_bytes(baseline, flow.static_bytes)
         wish = self.memory if self.activations is None else self.activations
-        return _plan(flow, choose(flow, wish == "min", budget), budget, baseline)
+        choice = choose(flow, wish == "min", budget, leave_room=costs.followed)
+        return _plan(flow, choice, budget, baseline)
 
     def apply(self, program: Program, plan: CheckpointPlan) -> Program:
         """The joint graph with the recomputations of `plan` in it."""
         flow = dataflow(program)
         keep, ephemeral = values_named(flow, plan.keep), values_named(flow, plan.ephemeral)
         check_choice(flow, keep)
+        keep |= states_needed(flow, Choice(keep, ephemeral, 0.0, 0))
         return with_recomputation(program, flow, keep, ephemeral)
 
     def _budget_bytes(self, baseline_bytes: int, static_bytes: int) -> int | None:

@@ -67,13 +67,21 @@ def everything(flow: Dataflow) -> Choice:
     return Choice(frozenset(v for values in reads for v in values), frozenset(), 0.0, 0)
 
 
-def choose(flow: Dataflow, least: bool, budget_bytes: int | None) -> Choice:
-    """The choice of least recomputation under the budget, of least peak (`least`), or a light one."""
+def choose(flow: Dataflow, least: bool, budget_bytes: int | None, *, leave_room: bool = False) -> Choice:
+    """The choice of least recomputation under the budget, of least peak (`least`), or a light one.
+
+    With `leave_room`, half of what the budget leaves above the static bytes stays free for parts of
+    the step that follow, where that can be met.
+    """
+    if leave_room and budget_bytes is not None:
+        half = (budget_bytes + flow.static_bytes) // 2
+        try:
+            return choose(flow, least, half)
+        except PlanError as error:
+            budget_bytes = min(budget_bytes, error.reachable_bytes or budget_bytes)
     plain = everything(flow)
-    if (
-        budget_bytes is not None
-        and flow.static_bytes + step_of(flow, plain).peak_bytes <= budget_bytes
-    ):
+    peak = flow.static_bytes + step_of(flow, plain).peak_bytes
+    if budget_bytes is not None and peak <= budget_bytes:
         return plain
     chain = Chain.of(flow)
     if least:
@@ -172,7 +180,5 @@ def without_gradient_bytes(flow: Dataflow) -> Dataflow:
 
 def holding_outputs(flow: Dataflow) -> Dataflow:
     """`flow` with room for the outputs of the forward all through the step."""
-    held = sum(
-        flow.values[v].nbytes for v in flow.outputs if flow.values[v].producer != NO_PRODUCER
-    )
+    held = sum(flow.values[v].nbytes for v in flow.outputs if flow.values[v].producer != NO_PRODUCER)
     return replace(flow, static_bytes=flow.static_bytes + held)

@@ -91,7 +91,8 @@ class _Replay:
     def _copy_saving_state(self, node: fx.Node) -> None:
         """A random operator of the forward, together with the state of its generator before it."""
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: self.forward[n])
-        both = self.graph.call_function(run_and_save_rng_state, (node.target, *args), kwargs)
+        saving: Any = (node.target, *args)
+        both = self.graph.call_function(run_and_save_rng_state, saving, kwargs)
         name = f"{node.name}_generator"
         state = self.graph.create_node("call_function", _getitem, (both, 0), {}, name)
         result = self.graph.call_function(_getitem, (both, 1))
@@ -127,14 +128,15 @@ class _Replay:
         args, kwargs = fx.node.map_arg((args, kwargs), self._resolve)
         if node in self.states and not anchored:
             state = self.states[node]
-            return self.graph.call_function(run_with_rng_state, (state, target, *args), kwargs)
+            replayed: Any = (state, target, *args)
+            return self.graph.call_function(run_with_rng_state, replayed, kwargs)
         name = node.name if anchored else f"{node.name}_again"
         return self.graph.create_node(node.op, target, args, kwargs, name)
 
     def _take(self, node: fx.Node, makes: frozenset[int]) -> None:
         """Append `node`, which takes a result of the operator that just ran, where it is new."""
         if not makes.isdisjoint(self.flow.value_of[node.name]):
-            copy = self._append(node, (self.current[node.args[0]],))
+            copy = self._append(node, (self.current[node.all_input_nodes[0]],))
             self.current[node] = copy
 
     def _tag(self, copy: fx.Node, node: fx.Node) -> None:

@@ -49,7 +49,7 @@ def spans(flow: Dataflow) -> Spans:
     reads = deep_reads(flow, order)
     place = _assign(flow, reads, lives, len(cuts) - 1)
     groups: list[list[int]] = [[] for _ in range(len(cuts) - 1)]
-    pinned = set()
+    pinned: set[int] = set()
     for anchor, span, values in zip(order, place, reads, strict=True):
         groups[span].append(anchor)
         pinned.update(v for v in values if not lives[v][0] <= span <= lives[v][1])
@@ -65,9 +65,7 @@ def deep_reads(flow: Dataflow, order: Sequence[int]) -> list[tuple[int, ...]]:
     return found
 
 
-def _expand(
-    flow: Dataflow, reads: Sequence[int], memo: dict[int, tuple[int, ...]]
-) -> tuple[int, ...]:
+def _expand(flow: Dataflow, reads: Sequence[int], memo: dict[int, tuple[int, ...]]) -> tuple[int, ...]:
     needed: dict[int, None] = {}
     for value in reads:
         producer = flow.values[value].producer

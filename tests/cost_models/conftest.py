@@ -12,9 +12,7 @@ from torch._functorch.partitioners import default_partition
 from torch.fx.experimental.proxy_tensor import make_fx
 
 
-def _joint_graph(
-    model: Callable[..., torch.Tensor], *inputs: torch.Tensor, **options: Any
-) -> fx.Graph:
+def _joint_graph(model: Callable[..., torch.Tensor], *inputs: torch.Tensor, **options: Any) -> fx.Graph:
     """The forward and backward of ``model(*inputs)``, a number, as one graph, not decomposed."""
     found = []
 

@@ -75,9 +75,7 @@ def test_attention_equals_math_backend(joint_graph) -> None:
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("groups", [1, 2, 8])
-def test_convolution_backward_is_as_much_per_gradient(
-    traced, groups: int, transposed: bool
-) -> None:
+def test_convolution_backward_is_as_much_per_gradient(traced, groups: int, transposed: bool) -> None:
     x = torch.randn(2, 8, 6, 6)
     weight = torch.randn(8, 8 // groups, 3, 3)
 

@@ -26,9 +26,7 @@ def probed(graph, target):
 def test_workspace_by_hand(traced) -> None:
     x = torch.randn(64, 100)
     size = 4 * 64 * 100
-    dropout = probed(
-        traced(lambda x: aten.native_dropout(x, 0.3, True), x), aten.native_dropout.default
-    )
+    dropout = probed(traced(lambda x: aten.native_dropout(x, 0.3, True), x), aten.native_dropout.default)
     assert (dropout.workspace_bytes, dropout.retained_bytes) == (size, size + 64 * 100)
     add = probed(traced(lambda x: x + x.t().reshape(64, 100), x), aten.add.Tensor)
     assert (add.workspace_bytes, add.retained_bytes) == (0, size)

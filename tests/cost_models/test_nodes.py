@@ -81,9 +81,7 @@ def test_table_of_a_joint_graph(joint_graph) -> None:
 
 def test_random_numbers_are_dear_on_a_cpu(traced) -> None:
     graph = traced(lambda x: aten.native_dropout(x * 2, 0.5, True), torch.randn(512, 512))
-    mul, dropout = (
-        n for n in graph.nodes if n.target in (aten.mul.Tensor, aten.native_dropout.default)
-    )
+    mul, dropout = (n for n in graph.nodes if n.target in (aten.mul.Tensor, aten.native_dropout.default))
     cpu, gpu = get_device("cpu-generic"), get_device("a100")
     assert node_cost(dropout, cpu).seconds > 5 * node_cost(mul, cpu).seconds
     assert node_cost(dropout, gpu).seconds < 2 * node_cost(mul, gpu).seconds
