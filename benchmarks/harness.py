@@ -320,14 +320,26 @@ def megabytes(nbytes: float | None) -> str:
     return "-" if nbytes is None else f"{nbytes / MB:.1f}"
 
 
+def stored(name: str, otherwise: Any) -> Any:
+    """The results that `write` saved before, or `otherwise`."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text())["results"] if path.exists() else otherwise
+
+
+def replaced(rows: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`rows` with those of the model of `new` replaced, in the order of the zoo."""
+    others = [r for r in rows if r["model"] != new[0]["model"]]
+    return sorted([*others, *new], key=lambda r: zoo.names().index(r["model"]))
+
+
 def write(name: str, title: str, data: Any, text: str) -> None:
     """Save `results/<name>.json` and `.md`, and print the latter."""
     RESULTS.mkdir(exist_ok=True)
     facts = environment()
     body = f"# {title}\n\n{', '.join(f'{k} {v}' for k, v in facts.items())}\n\n{text}\n"
     (RESULTS / f"{name}.md").write_text(body)
-    stored = {"environment": facts, "results": data}
-    (RESULTS / f"{name}.json").write_text(json.dumps(stored, indent=1) + "\n")
+    saved = {"environment": facts, "results": data}
+    (RESULTS / f"{name}.json").write_text(json.dumps(saved, indent=1) + "\n")
     print(body)
 
 

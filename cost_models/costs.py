@@ -16,7 +16,8 @@ class Costs:
     """`nodes`: cost by node name. `workspace_bytes`: scratch that a kernel holds while it runs.
 
     Where the program is a part of the step, `reserved_bytes` is what the other parts hold meanwhile,
-    and `followed` says that parts come after it whose needs are not known yet.
+    and `followed` says that parts come after it whose needs are not known yet. `merges_repeats` says
+    that the compiler behind the passes runs equal operators on equal inputs once (Inductor does).
     """
 
     device: Device
@@ -24,6 +25,7 @@ class Costs:
     workspace_bytes: Mapping[str, int]
     reserved_bytes: int = 0
     followed: bool = False
+    merges_repeats: bool = False
 
     @staticmethod
     def of(program: Program, device: Device) -> "Costs":

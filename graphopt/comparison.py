@@ -32,10 +32,14 @@ class StepFigures:
 
 @dataclass(frozen=True)
 class StepComparison:
-    """What was measured of the model as it was, and of the optimised one, on the same inputs."""
+    """What was measured of the model as it was, and of the optimised one, on the same inputs.
+
+    `static_bytes` were live before each step: parameters, buffers and inputs.
+    """
 
     plain: StepFigures
     optimized: StepFigures
+    static_bytes: int
 
 
 def compare_steps(
@@ -70,7 +74,7 @@ def compare_steps(
         StepFigures(peak.peak_bytes, peak.activation_bytes, median(times[kind :: len(steps)]))
         for kind, peak in enumerate(peaks)
     ]
-    return StepComparison(*figures)
+    return StepComparison(*figures, _static_bytes(model, args, kwargs))
 
 
 def _leaves(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, ...]:
@@ -81,6 +85,12 @@ def _leaves(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
             id(t): t for t in tensors if isinstance(t, torch.Tensor) and t.requires_grad and t.is_leaf
         }.values()
     )
+
+
+def _static_bytes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    tensors = [*model.parameters(), *model.buffers(), *pytree.tree_leaves((args, kwargs))]
+    storages = [t.untyped_storage() for t in tensors if isinstance(t, torch.Tensor)]
+    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
 
 def _gradients(leaves: tuple[torch.Tensor, ...]) -> Iterator[torch.Tensor]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
+from torch._prims.rng_prims import run_and_save_rng_state
 
 from graphopt.cost_models.costs import Costs
 from graphopt.cost_models.devices import format_bytes
@@ -36,7 +37,8 @@ class TensorFact:
 class RecomputeFact:
     """An operator of the forward that the backward runs again, `count` times, for `seconds` in all.
 
-    `freed_bytes` of its results were alive at the peak of the plain step.
+    The plain step keeps `kept_bytes` of its results, of which `freed_bytes` are alive at its peak.
+    Results of other recomputed operators are there to make those of `leads_to`.
     """
 
     name: str
@@ -44,6 +46,8 @@ class RecomputeFact:
     count: int
     seconds: float
     freed_bytes: int
+    kept_bytes: int
+    leads_to: str
     origin: Origin
     why: str
 
@@ -82,19 +86,22 @@ class PeakFact:
 class GraphReport:
     """One captured graph before and after the passes. Peaks count everything, static bytes too.
 
-    `kept` is ordered by bytes, `recomputed` by seconds. The step's own seconds and FLOPs do not
-    count what recomputation adds.
+    Static are parameters, buffers and inputs, and the `reserved_bytes` that the step holds outside
+    of this graph. `budget_bytes` bounds the peak. `kept` is ordered by bytes, `recomputed` by
+    seconds. The step's own seconds and FLOPs do not count what recomputation adds.
     """
 
     is_training: bool
     operators: int
     inputs: tuple[InputFact, ...]
     static_bytes: int
+    reserved_bytes: int
     parameter_bytes: int
     buffer_bytes: int
     input_bytes: int
     baseline_peak_bytes: int
     peak_bytes: int
+    budget_bytes: int | None
     step_seconds: float
     recompute_seconds: float
     step_flops: int
@@ -118,11 +125,13 @@ class GraphReport:
             operators=sum(1 for _ in record.before.operators()),
             inputs=_inputs(record.before),
             static_bytes=plain.static_bytes,
+            reserved_bytes=record.costs.reserved_bytes,
             parameter_bytes=_role_bytes(record.before, plain, Role.PARAMETER),
             buffer_bytes=_role_bytes(record.before, plain, Role.BUFFER),
             input_bytes=_role_bytes(record.before, plain, Role.INPUT),
             baseline_peak_bytes=before.timeline.peak_bytes,
             peak_bytes=after.timeline.peak_bytes,
+            budget_bytes=_budget(record),
             step_seconds=sum(o.seconds for o in before.flow.operators),
             recompute_seconds=sum(o.seconds for o in again),
             step_flops=sum(o.flops for o in before.flow.operators),
@@ -190,6 +199,11 @@ def _holds_outputs(record: GraphRecord) -> bool:
     return any(getattr(step.pass_, "hold_outputs", False) for step in record.steps)
 
 
+def _budget(record: GraphRecord) -> int | None:
+    plans = [s.plan for s in record.steps if getattr(s.pass_, "memory", None) is not None]
+    return next((getattr(plan, "budget_bytes", None) for plan in plans), None)
+
+
 def _one_line(plan: object) -> str:
     text = " ".join(str(plan).split())
     return text if len(text) <= 200 else text[:197] + "..."
@@ -234,6 +248,8 @@ def _kept(side: _Side) -> tuple[TensorFact, ...]:
 
 def _why_kept(side: _Side, value: int, starts: int) -> str:
     operator = side.flow.operators[side.flow.values[value].producer]
+    if side.nodes[operator.name].target is run_and_save_rng_state and value == operator.writes[0]:
+        return "the state of the generator, to draw the same random numbers again"
     if operator.recomputable:
         reason = f"making it again would take {format_seconds(operator.seconds)}"
     else:
@@ -255,10 +271,10 @@ def _recomputed(before: _Side, after: _Side) -> tuple[RecomputeFact, ...]:
     for name, runs in groups.items():
         node = after.nodes[after.flow.operators[runs[0]].name]
         seconds = sum(after.flow.operators[i].seconds for i in runs)
-        why = _why_recomputed(after, runs[0], seconds, freed.get(name, 0), kept.get(name, 0))
-        origin = origin_of(node)
-        operator = operator_name(before.nodes.get(name, node))
-        facts.append(RecomputeFact(name, operator, len(runs), seconds, freed.get(name, 0), origin, why))
+        parts = seconds, freed.get(name, 0), kept.get(name, 0), _next(after, runs[0])
+        operator, origin = operator_name(before.nodes.get(name, node)), origin_of(node)
+        why = why_recomputed(*parts)
+        facts.append(RecomputeFact(name, operator, len(runs), *parts, origin, why))
     return tuple(sorted(facts, key=lambda fact: (-fact.seconds, fact.name)))
 
 
@@ -271,15 +287,21 @@ def _bytes_by_maker(flow: Dataflow, values: Iterable[int]) -> dict[str, int]:
     return found
 
 
-def _why_recomputed(after: _Side, index: int, seconds: float, freed: int, kept: int) -> str:
-    time = format_seconds(seconds)
-    if freed:
-        return f"{time} for {format_bytes(freed)} freed at the peak"
-    if kept:
-        return f"{time} for {format_bytes(kept)} freed before or after the peak"
+def _next(after: _Side, index: int) -> str:
+    """The first operator that reads what operator `index` makes, by its name in the forward."""
     made = set(after.flow.operators[index].writes)
     reader = next((o.name for o in after.flow.operators if made & set(o.reads)), "")
-    return f"{time} on the way to {after.original.get(reader) or reader or 'nothing'}"
+    return after.original.get(reader) or reader
+
+
+def why_recomputed(seconds: float, freed_bytes: int, kept_bytes: int, leads_to: str) -> str:
+    """In words: what a recomputation costs and what it is good for."""
+    time = format_seconds(seconds)
+    if freed_bytes:
+        return f"{time} for {format_bytes(freed_bytes)} freed at the peak"
+    if kept_bytes:
+        return f"{time} for {format_bytes(kept_bytes)} freed before or after the peak"
+    return f"{time} on the way to {leads_to}"
 
 
 def _peak(side: _Side) -> PeakFact | None:

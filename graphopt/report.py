@@ -80,19 +80,19 @@ class Report:
     @property
     def measured_peak_bytes(self) -> int | None:
         """The measured peak of the optimised step; None until `measure` was called."""
-        return None if self.measured is None else self._whole(self.measured.optimized.peak_bytes)
+        if self.measured is None:
+            return None
+        return self.measured.static_bytes + self.measured.optimized.peak_bytes
 
     @property
     def measured_baseline_bytes(self) -> int | None:
         """The measured peak of the plain step; None until `measure` was called."""
-        return None if self.measured is None else self._whole(self.measured.plain.peak_bytes)
-
-    def _whole(self, above_bytes: int) -> int:
-        """Measured bytes are those above what was live; the graph's static bytes were."""
-        return above_bytes + max((g.static_bytes for g in self.graphs), default=0)
+        if self.measured is None:
+            return None
+        return self.measured.static_bytes + self.measured.plain.peak_bytes
 
     def __str__(self) -> str:
-        from graphopt.terminal import report_text
+        from graphopt.report_text import report_text
 
         return report_text(self)
 
@@ -106,7 +106,7 @@ class Report:
         - `predicted_peak_bytes`, `baseline_peak_bytes`, `measured_peak_bytes`,
           `measured_baseline_bytes`: as the attributes; null where not known.
         - `measured`: null, or `plain` and `optimized`, each with `peak_bytes`, `activation_bytes`
-          (both above what was live before the step) and `seconds`.
+          (both above what was live before the step) and `seconds`; `static_bytes` were live.
         - `graphs`: a list of objects with the fields of `GraphReport`. Its `before` and `after` are
           timelines: `forward_steps` and `steps` (their number), and lists of equal length, `step`
           and one for each of static, kept, recomputed, gradients, transients: the fullest step of

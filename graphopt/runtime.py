@@ -141,7 +141,12 @@ class _Graph:
     def _costs(self, program: Program) -> Costs:
         costs = Costs.measured(program, self.settings.device, seconds=self.settings.profile)
         reserved = _held_elsewhere(self.log, program, self.frame.broken_at is not None)
-        return replace(costs, reserved_bytes=reserved, followed=self.frame.broken_at is not None)
+        return replace(
+            costs,
+            reserved_bytes=reserved,
+            followed=self.frame.broken_at is not None,
+            merges_repeats=self.settings.compiler == "inductor",
+        )
 
     def _replay_on(self, full: Program) -> Program:
         """The passes' plans applied to the program in which every gradient may arrive."""

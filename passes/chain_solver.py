@@ -88,8 +88,11 @@ class Chain:
     runs: tuple[tuple[Run, ...], ...]
 
     @staticmethod
-    def of(flow: Dataflow) -> "Chain":
-        """Cut `flow` and find the options of every run; equal runs are solved once."""
+    def of(flow: Dataflow, repeat: bool = True) -> "Chain":
+        """Cut `flow` and find the options of every run; equal runs are solved once.
+
+        Without `repeat` no value is recomputed more than once.
+        """
         cut = spans(flow)
         world = Surroundings.of(flow, cut)
         solved: dict[LocalProblem, tuple[Option, ...]] = {}
@@ -99,7 +102,7 @@ class Chain:
             for stop in range(first + 1, min(first + MERGE, len(cut)) + 1):
                 placed = place(world, first, stop)
                 if placed.problem not in solved:
-                    solved[placed.problem] = options(placed.problem)
+                    solved[placed.problem] = options(placed.problem, repeat)
                 row.append(Run(first, stop, placed, solved[placed.problem]))
             runs.append(tuple(row))
         return Chain(cut, tuple(runs))

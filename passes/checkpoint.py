@@ -17,6 +17,7 @@ from graphopt.passes.base import Pass
 from graphopt.passes.budget import Budget, check_budget, resolve_budget
 from graphopt.passes.chain_solver import Choice
 from graphopt.passes.checkpoint_choice import (
+    Search,
     check_choice,
     choose,
     everything,
@@ -93,7 +94,8 @@ class Checkpoint(Pass):
         baseline = flow.static_bytes + step_of(flow, everything(flow)).peak_bytes
         budget = self._budget_bytes(baseline, flow.static_bytes)
         wish = self.memory if self.activations is None else self.activations
-        choice = choose(flow, wish == "min", budget, leave_room=costs.followed)
+        search = Search(leave_room=costs.followed, repeat=not costs.merges_repeats)
+        choice = choose(flow, wish == "min", budget, search)
         return _plan(flow, choice, budget, baseline)
 
     def apply(self, program: Program, plan: CheckpointPlan) -> Program:

@@ -67,23 +67,35 @@ def everything(flow: Dataflow) -> Choice:
     return Choice(frozenset(v for values in reads for v in values), frozenset(), 0.0, 0)
 
 
-def choose(flow: Dataflow, least: bool, budget_bytes: int | None, *, leave_room: bool = False) -> Choice:
-    """The choice of least recomputation under the budget, of least peak (`least`), or a light one.
+@dataclass(frozen=True)
+class Search:
+    """What the search may do.
 
     With `leave_room`, half of what the budget leaves above the static bytes stays free for parts of
-    the step that follow, where that can be met.
+    the step that follow, where that can be met. `repeat` allows one value to be recomputed several
+    times in the backward.
     """
-    if leave_room and budget_bytes is not None:
+
+    leave_room: bool = False
+    repeat: bool = True
+
+
+ANYTHING = Search()
+
+
+def choose(flow: Dataflow, least: bool, budget_bytes: int | None, search: Search = ANYTHING) -> Choice:
+    """The choice of least recomputation under the budget, of least peak (`least`), or a light one."""
+    if search.leave_room and budget_bytes is not None:
         half = (budget_bytes + flow.static_bytes) // 2
         try:
-            return choose(flow, least, half)
+            return choose(flow, least, half, replace(search, leave_room=False))
         except PlanError as error:
             budget_bytes = min(budget_bytes, error.reachable_bytes or budget_bytes)
     plain = everything(flow)
     peak = flow.static_bytes + step_of(flow, plain).peak_bytes
     if budget_bytes is not None and peak <= budget_bytes:
         return plain
-    chain = Chain.of(flow)
+    chain = Chain.of(flow, search.repeat)
     if least:
         return pruned(flow, chain.least_peak())
     if budget_bytes is None:

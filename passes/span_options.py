@@ -44,14 +44,18 @@ class Option:
     flops: int
 
 
-def options(problem: LocalProblem) -> tuple[Option, ...]:
-    """The options of `problem` that none other beats in kept bytes, peak and time at once."""
-    return _Search(problem).run()
+def options(problem: LocalProblem, repeat: bool = True) -> tuple[Option, ...]:
+    """The options of `problem` that none other beats in kept bytes, peak and time at once.
+
+    Without `repeat` none of them makes a value ephemeral.
+    """
+    return _Search(problem, repeat).run()
 
 
 class _Search:
-    def __init__(self, problem: LocalProblem) -> None:
+    def __init__(self, problem: LocalProblem, repeat: bool) -> None:
         self.problem = problem
+        self.repeat = repeat
         self.flow = problem.flow
         self.order = anchors(problem.flow)
         self.found: dict[tuple[frozenset[int], frozenset[int]], Option] = {}
@@ -114,11 +118,13 @@ class _Search:
             keep = self._forward(v for v in self.choices if self.density[v] >= bar)
             yield keep, frozenset()
             for below in bars:
-                if below > 0:
+                if below > 0 and self.repeat:
                     rest = frozenset(self.choices) - keep
                     yield keep, frozenset(v for v in rest if self.density[v] <= below)
 
     def _try(self, keep: frozenset[int], ephemeral: frozenset[int]) -> Option | None:
+        if ephemeral and not self.repeat:
+            return None
         key = (keep, ephemeral)
         if key in self.found:
             return self.found[key]

@@ -1,7 +1,6 @@
 """What every test starts from; the helpers that tests import are in tests/helpers."""
 
 import logging
-import os
 import sys
 from pathlib import Path
 
@@ -9,13 +8,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-settings.register_profile(
-    "graphopt",
-    deadline=None,  # the cores are shared
-    derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "graphopt"))
+relaxed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # shared cores
+settings.register_profile("same", relaxed, derandomize=True, database=None)
+settings.register_profile("explore", relaxed, max_examples=2000)
+settings.load_profile("same")  # pytest --hypothesis-profile=explore for more
 sys.path.append(str(Path(__file__).with_name("helpers")))
 torch.set_num_threads(2)
 logging.getLogger("torch.__trace").propagate = False  # thousands of lines below each failure

@@ -1,0 +1,63 @@
+"""Plans drawn at random, carried out as any other plan is."""
+
+import random
+from dataclasses import dataclass
+from typing import ClassVar
+
+from graphopt.cost_models.costs import Costs
+from graphopt.cost_models.memory import Dataflow
+from graphopt.passes.chain_solver import Choice
+from graphopt.passes.checkpoint import Checkpoint, CheckpointPlan
+from graphopt.passes.checkpoint_choice import everything, names_of, pruned, step_of
+from graphopt.program import Program
+
+
+@dataclass(frozen=True)
+class Drawn(Checkpoint):
+    """Keeps each value with probability `keep`; of the rest `ephemeral` are made for each use."""
+
+    name: ClassVar[str] = "drawn"
+
+    seed: int = 0
+    keep: float = 0.5
+    ephemeral: float = 0.5
+
+    def plan(self, program: Program, costs: Costs) -> CheckpointPlan:
+        flow = costs.dataflow(program)
+        draw = random.Random(self.seed)
+        values = forward_values(flow)
+        keep = {v for v in values if draw.random() < self.keep} | stuck(flow)
+        rest = [v for v in values if v not in keep]
+        return plan_of(flow, keep, {v for v in rest if draw.random() < self.ephemeral})
+
+
+def forward_values(flow: Dataflow) -> list[int]:
+    """Every value that the forward makes."""
+    return [v for i in flow.forward for v in flow.operators[i].writes]
+
+
+def stuck(flow: Dataflow) -> set[int]:
+    """Values that no operator can make again."""
+    return {
+        v
+        for i in flow.forward
+        if not flow.operators[i].recomputable
+        for v in flow.operators[i].writes
+    }
+
+
+def plan_of(flow: Dataflow, keep: set[int], ephemeral: set[int]) -> CheckpointPlan:
+    """The plan with these labels (no value kept for nothing), its figures as simulated."""
+    choice = pruned(flow, Choice(frozenset(keep), frozenset(ephemeral), 0.0, 0))
+    memory = step_of(flow, choice)
+    return CheckpointPlan(
+        names_of(flow, choice.keep),
+        names_of(flow, choice.ephemeral),
+        None,
+        flow.static_bytes + memory.peak_bytes,
+        flow.static_bytes + step_of(flow, everything(flow)).peak_bytes,
+        sum(o.seconds for o in flow.operators),
+        memory.recompute_seconds,
+        sum(o.flops for o in flow.operators),
+        memory.recompute_flops,
+    )
