@@ -8,17 +8,12 @@ interleaved steps against eager. Results of models that are not named are kept.
 """
 
 import argparse
-import json
-import os
-import subprocess
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 from front_tables import front_text
 from harness import (
-    RESULTS,
+    answer,
     build,
     environment,
     fresh,
@@ -29,6 +24,8 @@ from harness import (
     resident_peak_of,
     run_step,
     setup,
+    spawned,
+    stored,
     write,
 )
 from peers import Peer, eager_flops, peers, running
@@ -38,7 +35,6 @@ from graphopt import PlanError
 
 MODELS = ("gpt2", "llama", "bert", "t5", "vit", "resnet50")
 RESIDENT = ("eager", "checkpoint", "graphopt min")
-MARK = "RESULT "
 
 
 def peer_point(peer: Peer, model: Any, batch: Any, eager_total: int, rounds: int) -> dict[str, Any]:
@@ -111,7 +107,7 @@ def worker(name: str, quick: bool, rounds: int) -> dict[str, Any]:
     begin = time.perf_counter()
     keep(peer_point(Peer(), model, batch, total, 0))
     for peer in peers(quick):
-        few = 0 if quick and peer.kind == "partitioner" and peer.solver != "dp" else rounds
+        few = 0 if quick and peer.kind == "partitioner" else rounds
         keep(peer_point(peer, model, batch, total, few))
     theirs = [p for p in points if "peak" in p]
     first = keep(our_point("graphopt", model, batch, rounds))
@@ -161,25 +157,13 @@ def _both(module: Any, batch: Any) -> dict[str, Any]:
     return {"events": peak_of(module, batch).peak, "resident": grown}
 
 
-def spawned(arguments: list[str], environment: dict[str, str] | None = None) -> Any:
-    """What a fresh process of this script reports, or an error."""
-    command = [sys.executable, __file__, *arguments]
-    done = subprocess.run(
-        command, stdout=subprocess.PIPE, text=True, env=os.environ | (environment or {})
-    )
-    for line in done.stdout.splitlines():
-        if line.startswith(MARK):
-            return json.loads(line[len(MARK) :])
-    return {"error": f"exit status {done.returncode}"}
-
-
 def one_model(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Every point of one model, and the check against resident memory."""
     flags = ["--quick"] if options.quick else []
-    found = spawned(["--worker", name, "--rounds", str(options.rounds), *flags])
+    found = spawned(__file__, ["--worker", name, "--rounds", str(options.rounds), *flags])
     low = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     found["resident"] = {
-        label: spawned(["--worker", name, "--resident", label], low) for label in RESIDENT
+        label: spawned(__file__, ["--worker", name, "--resident", label], low) for label in RESIDENT
     }
     return found
 
@@ -200,11 +184,10 @@ def main() -> None:
             if options.resident
             else worker(options.worker, options.quick, options.rounds)
         )
-        print(MARK + json.dumps(found), flush=True)
+        answer(found)
         return
     setup()
-    stored = Path(RESULTS / "checkpoint_front.json")
-    data = json.loads(stored.read_text())["results"] if stored.exists() else {}
+    data = stored("checkpoint_front", {})
     for name in options.models.split(","):
         data[name] = one_model(name, options)
         write("checkpoint_front", "Memory against recomputation", data, front_text(data))

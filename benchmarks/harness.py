@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 import warnings
@@ -278,6 +279,26 @@ def _status(key: str) -> int:
         if line.startswith(key + ":"):
             return int(line.split()[1]) * 1024
     raise RuntimeError(f"the kernel reports no {key}")
+
+
+# --- fresh processes ---------------------------------------------------------------------------
+
+MARK = "RESULT "
+
+
+def answer(found: Any) -> None:
+    """In a process that `spawned` started: hand back the result."""
+    print(MARK + json.dumps(found), flush=True)
+
+
+def spawned(script: str, arguments: list[str], variables: dict[str, str] | None = None) -> Any:
+    """What a fresh process of `script` answers, or an error."""
+    command = [sys.executable, script, *arguments]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ | (variables or {}))
+    for line in done.stdout.splitlines():
+        if line.startswith(MARK):
+            return json.loads(line[len(MARK) :])
+    return {"error": f"exit status {done.returncode}"}
 
 
 # --- results -----------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from graphopt.report import Report
 from graphopt.runtime import Backend, Log, Settings
 
 COMPILERS = ("eager", "inductor", "auto")
+VERIFY = ("structure", "full")
 
 
 def optimize(
@@ -34,6 +35,7 @@ def optimize(
     device: str | Device | None = None,
     fullgraph: bool = False,
     profile: bool = False,
+    verify: str = "structure",
 ) -> Any:
     """`model` (a module or a function), made to train within a memory budget.
 
@@ -51,6 +53,8 @@ def optimize(
         compiler: "eager" runs the planned graphs operator by operator, exactly; "inductor" hands
             them to Inductor; "auto" chooses Inductor where a toolchain for it is there.
         device: whose costs decide between recomputations: a name, a `Device`, or None for this one.
+        verify: "structure" checks every rewritten graph; "full" also compares its numerics, on made-up
+            inputs, with the graph's before.
         profile: measure the time of every distinct operator instead of predicting it.
         fullgraph: raise TraceError at a graph break instead of planning the parts.
 
@@ -67,8 +71,14 @@ def optimize(
     """
     if not isinstance(model, nn.Module) and not callable(model):
         raise TraceError(f"optimize takes a module or a function, not {type(model).__name__}")
+    if verify not in VERIFY:
+        raise GraphoptError(f"verify={verify!r} is none of {', '.join(VERIFY)}")
     settings = Settings(
-        _passes(passes, memory, activations), _compiler(compiler), _device(device, model), profile
+        _passes(passes, memory, activations),
+        _compiler(compiler),
+        _device(device, model),
+        profile,
+        verify,
     )
     state = _State(settings, fullgraph, loss, _name(model))
     if isinstance(model, nn.Module):
@@ -175,7 +185,7 @@ class _State:
         """What happened so far."""
         return Report.of(self.name, self.settings, self.log)
 
-    def measure(self, optimized: nn.Module, args: Any, kwargs: Any) -> Report:
+    def measure(self, optimized: Any, args: Any, kwargs: Any) -> Report:
         """Measure a plain and an optimised step of the model, and report."""
         from graphopt.comparison import compare_steps
 

@@ -17,6 +17,7 @@ def chart(timeline: MemoryTimeline, top_bytes: int, budget_bytes: int | None = N
     Each column shows the fullest step of its stretch; the row that holds the budget is marked.
     """
     steps = timeline.sampled(WIDTH)
+    steps = steps.repeat(max(1, WIDTH // len(steps)))
     columns = [timeline.alive_bytes[:, step].tolist() for step in steps]
     lines = []
     for row in reversed(range(ROWS)):
@@ -32,11 +33,12 @@ def chart(timeline: MemoryTimeline, top_bytes: int, budget_bytes: int | None = N
     return lines
 
 
-def legend() -> Line:
-    """What each glyph stands for."""
+def legend(*timelines: MemoryTimeline) -> Line:
+    """What each glyph that occurs stands for."""
     pieces: Line = [(" " * (_LABEL + 2), "")]
-    for category in CATEGORIES:
-        pieces += [(GLYPHS[category], category), (f" {category}   ", "")]
+    for row, category in enumerate(CATEGORIES):
+        if any(timeline.alive_bytes[row].any() for timeline in timelines):
+            pieces += [(GLYPHS[category], category), (f" {category}   ", "")]
     return pieces
 
 

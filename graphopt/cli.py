@@ -59,8 +59,8 @@ def _parser() -> argparse.ArgumentParser:
 def _add_report(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("model", metavar="MODEL", help="a zoo name, file.py:factory or file.pt2")
-    add("--batch", type=int, help="samples (zoo models; default 2)")
-    add("--seq", type=int, help="tokens of each sample (zoo models; default 32)")
+    add("--batch", type=_positive, metavar="N", help="samples (zoo models; default 2)")
+    add("--seq", type=_positive, metavar="N", help="tokens of each sample (zoo models; default 32)")
     add("--size", choices=("small", "default"), help="size of a zoo model (default: default)")
     add("--dtype", choices=DTYPES, help="of the weights of a zoo model (default float32)")
     add("--set", action="append", default=[], metavar="NAME=VALUE,...", help="configuration")
@@ -75,10 +75,9 @@ def _add_report(command: argparse.ArgumentParser) -> None:
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
+    return int(text)
 
 
 def _report(options: argparse.Namespace) -> None:

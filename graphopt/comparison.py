@@ -74,7 +74,7 @@ def compare_steps(
         StepFigures(peak.peak_bytes, peak.activation_bytes, median(times[kind :: len(steps)]))
         for kind, peak in enumerate(peaks)
     ]
-    return StepComparison(*figures, _static_bytes(model, args, kwargs))
+    return StepComparison(figures[0], figures[1], _static_bytes(model, args, kwargs))
 
 
 def _leaves(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, ...]:
@@ -105,18 +105,22 @@ def _step(
 ) -> Callable[[], None]:
     def step() -> None:
         with torch.enable_grad():
-            loss_of(function(*args, **kwargs)).backward()  # type: ignore[no-untyped-call]
+            loss_of(function(*args, **kwargs)).backward()
 
     return step
 
 
 def _seconds(step: Callable[[], None], device: torch.device) -> float:
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    wait()
+    _wait_for(device)
     begin = time.perf_counter()
     step()
-    wait()
+    _wait_for(device)
     return time.perf_counter() - begin
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 @contextlib.contextmanager

@@ -272,9 +272,9 @@ def _recomputed(before: _Side, after: _Side) -> tuple[RecomputeFact, ...]:
         node = after.nodes[after.flow.operators[runs[0]].name]
         seconds = sum(after.flow.operators[i].seconds for i in runs)
         parts = seconds, freed.get(name, 0), kept.get(name, 0), _next(after, runs[0])
-        operator, origin = operator_name(before.nodes.get(name, node)), origin_of(node)
+        runs_what, origin = operator_name(before.nodes.get(name, node)), origin_of(node)
         why = why_recomputed(*parts)
-        facts.append(RecomputeFact(name, operator, len(runs), *parts, origin, why))
+        facts.append(RecomputeFact(name, runs_what, len(runs), *parts, origin, why))
     return tuple(sorted(facts, key=lambda fact: (-fact.seconds, fact.name)))
 
 

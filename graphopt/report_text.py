@@ -99,7 +99,7 @@ def _measured(report: Report) -> list[tuple[str, str]]:
 
 def _change(after: int, before: int) -> str:
     if after == before:
-        return f"{format_bytes(after)}, as without the passes"
+        return f"{format_bytes(after)}, with and without passes"
     share = (after - before) / before if before else 0.0
     return f"{format_bytes(after)} instead of {format_bytes(before)} ({share:+.1%})"
 
@@ -117,12 +117,13 @@ def _predicted_time(graph: GraphReport) -> str:
 def _timelines(graph: GraphReport) -> list[Line]:
     top = max(graph.baseline_peak_bytes, graph.peak_bytes)
     changed = bool(graph.recomputed) or graph.peak_bytes != graph.baseline_peak_bytes
-    lines = [[], _title("Memory, everything kept")]
+    kind = "everything kept" if graph.is_training else "forward only"
+    lines = [[], _title(f"Memory, {kind}")]
     lines += chart(graph.before, top, graph.budget_bytes)
     if changed:
         lines += [[], _title("Memory, with the passes")]
         lines += chart(graph.after, top, graph.budget_bytes)
-    return [*lines, legend()]
+    return [*lines, legend(graph.before, graph.after)]
 
 
 def _kept(graph: GraphReport, top: int) -> list[Line]:

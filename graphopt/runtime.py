@@ -13,6 +13,7 @@ from graphopt.capture import Frame, frame_of, program_of
 from graphopt.cost_models.costs import Costs
 from graphopt.cost_models.devices import Device
 from graphopt.lower import boxed, overwrite_dead_operands
+from graphopt.numerics import compare_numerics
 from graphopt.passes.base import Pass
 from graphopt.passes.pipeline import PassStep, run_passes
 from graphopt.program import Program, Role, leaves
@@ -29,13 +30,15 @@ Boxed = Callable[[list[Any]], Sequence[Any]]
 class Settings:
     """How graphs are compiled: the passes, the compiler ("eager", "inductor"), and whose costs count.
 
-    With `profile` the time of every distinct operator is measured instead of predicted.
+    With `profile` the time of every distinct operator is measured instead of predicted. `verify` is
+    "structure", or "full" to compare the numerics of every rewritten graph, too.
     """
 
     passes: tuple[Pass, ...]
     compiler: str
     device: Device
     profile: bool = False
+    verify: str = "structure"
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,8 @@ class _Graph:
         traced = time.perf_counter() - self.log.begin
         planned, steps = run_passes(program, self.settings.passes, self._costs, time.perf_counter)
         self.steps = steps
+        if self.settings.verify == "full":
+            compare_numerics(planned, program)
         costs = self._costs(program)
         self.record = len(self.log.records)
         self.log.records.append(GraphRecord(program, planned, steps, costs, traced))
