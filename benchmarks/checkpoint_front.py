@@ -187,9 +187,9 @@ def main() -> None:
         answer(found)
         return
     setup()
-    data = stored("checkpoint_front", {})
     for name in options.models.split(","):
-        data[name] = one_model(name, options)
+        found = one_model(name, options)
+        data = stored("checkpoint_front", {}) | {name: found}
         write("checkpoint_front", "Memory against recomputation", data, front_text(data))
 
 

@@ -82,16 +82,17 @@ class Running:
 
 
 def peers(quick: bool) -> list[Peer]:
-    """What is measured: a few in the quick mode, every budget, solver and compiler otherwise."""
+    """What is measured: every compiler, budget and solver; a choice of them in the quick mode."""
     found = [Peer(every=1), Peer(every=2)]
     found += [Peer(c, every=1) for c in ("aot", "aot-decomp", "inductor")]
-    compilers = ("aot-decomp", "aot") if quick else ("aot-decomp", "aot", "inductor")
-    for compiler in compilers:
+    if quick:
+        found += [Peer("aot-decomp", budget=b) for b in BUDGETS]
+        found += [Peer("aot-decomp", budget=0.1, solver=s) for s in SOLVERS[1:]]
+        return found + [Peer("aot", budget=b) for b in BUDGETS[::2]]
+    for compiler in ("aot-decomp", "aot", "inductor"):
         for budget in BUDGETS:
-            found.append(Peer(compiler, budget=budget))
-            others = 0 < budget < 1 and (not quick or (budget == 0.1 and compiler == "aot-decomp"))
-            if others:
-                found += [Peer(compiler, budget=budget, solver=s) for s in SOLVERS[1:]]
+            solvers = SOLVERS if 0 < budget < 1 else SOLVERS[:1]
+            found += [Peer(compiler, budget=budget, solver=s) for s in solvers]
     return found
 
 

@@ -97,11 +97,10 @@ def report(rows: list[dict[str, Any]]) -> str:
             lines.append([row["model"], row["peer"], row["error"].replace("|", "/"), *[None] * 7])
             continue
         met += (ok := row["median"] <= BAR)
-        lines.append(
-            [row["model"], row["peer"], megabytes(row["peer_peak"]), megabytes(row["our_peak"])]
-            + [row["a_seconds"], row["b_seconds"], f"{row['median']:.3f}"]
-            + [f"{row['low']:.3f}-{row['high']:.3f}", row["rounds"], ok]
-        )
+        peaks = [megabytes(row["peer_peak"]), megabytes(row["our_peak"])]
+        spread = [f"{row['median']:.3f}", f"{row['low']:.3f}-{row['high']:.3f}"]
+        seconds = [row["a_seconds"], row["b_seconds"]]
+        lines.append([row["model"], row["peer"], *peaks, *seconds, *spread, row["rounds"], ok])
     text = table([*head, "rounds", f"<= {BAR}"], lines)
     return f"{text}\n\nBar {BAR} met by {met} of {len(rows)} pairs."
 

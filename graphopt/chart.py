@@ -1,5 +1,7 @@
 """A memory timeline drawn in text: one column per stretch of the step, stacked by category."""
 
+import numpy as np
+
 from graphopt.cost_models.devices import format_bytes
 from graphopt.timeline import CATEGORIES, MemoryTimeline
 
@@ -17,7 +19,7 @@ def chart(timeline: MemoryTimeline, top_bytes: int, budget_bytes: int | None = N
     Each column shows the fullest step of its stretch; the row that holds the budget is marked.
     """
     steps = timeline.sampled(WIDTH)
-    steps = steps.repeat(max(1, WIDTH // len(steps)))
+    steps = steps[np.arange(WIDTH) * len(steps) // WIDTH]
     columns = [timeline.alive_bytes[:, step].tolist() for step in steps]
     lines = []
     for row in reversed(range(ROWS)):

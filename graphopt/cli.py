@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -94,10 +95,13 @@ def _report(options: argparse.Namespace) -> None:
         warnings.simplefilter("ignore")
         with progress(f"building {options.model}"):
             loaded = _load(options)
+        begin = time.perf_counter()
         with progress(f"tracing {loaded.name}"):
             program = _trace(loaded, options)
+        traced = time.perf_counter() - begin
         with progress(f"planning {loaded.name}"):
-            report = analyse(program, loaded.name, passes if program.is_joint else [], device)
+            chosen = passes if program.is_joint else []
+            report = analyse(program, loaded.name, chosen, device, traced)
     if options.json:
         _write(options.json, report.to_json())
     if options.json != "-":

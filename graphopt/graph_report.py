@@ -222,7 +222,8 @@ def _inputs(program: Program) -> tuple[InputFact, ...]:
         tensor = next(iter(tensors_of(nodes[item.name])), None)
         if item.role is Role.INPUT and tensor is not None:
             nbytes = sum(leaf.nbytes for leaf in leaves(nodes[item.name]))
-            found.append(InputFact(item.label, *_shape_and_dtype(tensor), nbytes))
+            name = f"argument {item.label}" if item.label.isdigit() else item.label
+            found.append(InputFact(name, *_shape_and_dtype(tensor), nbytes))
     return tuple(found)
 
 

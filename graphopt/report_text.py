@@ -20,7 +20,8 @@ Fact = TypeVar("Fact", TensorFact, RecomputeFact)
 def report_lines(report: Report, top: int = TOP) -> list[Line]:
     """The whole report; of tensors and recomputations the `top` groups, alike ones together."""
     lines = [_title(f"graphopt report: {report.name}")]
-    lines.append(_plain(f"  times are predicted for {report.settings.device.name}"))
+    how = "" if report.settings.compiler == "eager" else f", compiled by {report.settings.compiler}"
+    lines.append(_plain(f"  times are predicted for {report.settings.device.name}{how}"))
     for pass_ in report.settings.passes:
         lines.append(_plain(f"  pass {pass_text(pass_)}"))
     if not report.graphs:
@@ -99,7 +100,7 @@ def _measured(report: Report) -> list[tuple[str, str]]:
 
 def _change(after: int, before: int) -> str:
     if after == before:
-        return f"{format_bytes(after)}, with and without passes"
+        return format_bytes(after)
     share = (after - before) / before if before else 0.0
     return f"{format_bytes(after)} instead of {format_bytes(before)} ({share:+.1%})"
 

@@ -1,9 +1,11 @@
 """Split in two, a joint graph computes what it computed whole, and what eager PyTorch computes."""
 
+import copy
+
 import pytest
 import torch
 from drawn_plans import Drawn
-from programs import arguments, ramp, run_joint, run_split, tangent_nodes
+from programs import arguments, ramp, run_joint, run_split, tangent_nodes, traced
 from tiny_models import MODELS
 from torch import nn
 
@@ -14,13 +16,9 @@ from graphopt.program import Role
 from graphopt.split import backward_module, forward_module, late_nodes, saved_nodes
 
 
-def traced(name: str) -> tuple[Program, nn.Module, dict[str, torch.Tensor]]:
-    model, inputs = MODELS[name]()
-    return trace(model, inputs), model, inputs
-
-
 def eager(model: nn.Module, inputs: dict[str, torch.Tensor], program: Program) -> list:
     """Gradients by autograd, in the order of the program's inputs."""
+    model = copy.deepcopy(model)
     torch.manual_seed(0)
     output = model(**inputs)
     (tangent,) = tangent_nodes(program)
@@ -75,7 +73,7 @@ def test_nothing_is_run_twice_and_nothing_is_lost() -> None:
 
 
 def test_what_autograd_must_not_check_is_saved_last() -> None:
-    program, _, _ = traced("perceptron")
+    program = traced("perceptron")[0].copy()
     nodes = saved_nodes(program)
     assert len(nodes) > 2
     nodes[0].meta["saved_tensor_with_no_vc_check"] = True

@@ -1,14 +1,26 @@
 """Programs run on real tensors: node by node, and as the runtime runs them."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from tiny_models import MODELS
 from torch import nn
 
+import graphopt
 from graphopt.lower import boxed, overwrite_dead_operands
 from graphopt.program import Program, Role
 from graphopt.split import backward_module, forward_module, saved_nodes
+
+
+
+@functools.cache
+def traced(name: str) -> tuple[Program, nn.Module, dict[str, torch.Tensor]]:
+    """A tiny model by name: its joint program, the model, and inputs for it. Change none of them."""
+    torch.manual_seed(0)
+    model, inputs = MODELS[name]()
+    return graphopt.trace(model, inputs), model, inputs
 
 
 def arguments(program: Program, model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -56,7 +68,7 @@ def tangent_nodes(program: Program) -> list[torch.fx.Node]:
 
 
 def ramp(like: torch.Tensor) -> torch.Tensor:
-    """A gradient of the shape of `like` (which is fake) with no two elements the same."""
-    if like.numel() == 1:
-        return torch.ones(like.shape, dtype=like.dtype)
-    return torch.linspace(0.5, 1.5, like.numel()).reshape(like.shape).to(like.dtype)
+    """A gradient of the layout of `like` (which is fake) with no two elements the same."""
+    values = torch.linspace(0.5, 1.5, like.numel()) if like.numel() != 1 else torch.ones(1)
+    result = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype)
+    return result.copy_(values.reshape(like.shape))
