@@ -125,7 +125,7 @@ def simulate(
     Values are freed after their last read; an operator that is the last to read a value of its own
     result's layout, made by one of the steps or in `owned`, writes over it.
     """
-    deaths = _deaths(flow, steps, end)
+    deaths = _deaths(flow, steps, frozenset(start), end)
     values, operators = flow.values, flow.operators
     mine = set(owned)
     live = sum(values[v].nbytes for v in start)
@@ -150,7 +150,7 @@ def simulate(
 
 
 def _deaths(
-    flow: Dataflow, steps: Sequence[Step], end: Collection[int]
+    flow: Dataflow, steps: Sequence[Step], start: frozenset[int], end: Collection[int]
 ) -> list[tuple[frozenset[int], tuple[int, ...]]]:
     """For each step: the values it is the last to read, and those it makes that nobody reads."""
     needed = set(end)
@@ -159,10 +159,11 @@ def _deaths(
         operator = flow.operators[step.operator]
         unused = tuple(v for v in step.makes if v not in needed)
         needed.difference_update(step.makes)
-        dying = frozenset(
-            v for v in operator.reads if v not in needed and flow.values[v].producer != NO_PRODUCER
-        )
-        needed.update(operator.reads)
+        reads = operator.reads
+        if operator.state is not None and operator.state in start:  # a replay reads the saved state
+            reads = (*reads, operator.state)
+        dying = frozenset(v for v in reads if v not in needed and flow.values[v].producer != NO_PRODUCER)
+        needed.update(reads)
         found.append((dying, unused))
     found.reverse()
     return found

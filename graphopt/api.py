@@ -19,6 +19,7 @@ from graphopt.passes.budget import Budget
 from graphopt.passes.checkpoint import Checkpoint
 from graphopt.report import Report
 from graphopt.runtime import Backend, Log, Settings
+from graphopt.tracing import reason_of
 
 COMPILERS = ("eager", "inductor", "auto")
 VERIFY = ("structure", "full")
@@ -102,7 +103,7 @@ def _compiler(name: str) -> str:
         raise GraphoptError(f"compiler={name!r} is none of {', '.join(COMPILERS)}")
     if name != "auto":
         return name
-    has_triton = torch.cuda.is_available() and torch.utils._triton.has_triton()  # type: ignore[no-untyped-call]
+    has_triton = torch.cuda.is_available() and torch.utils._triton.has_triton()
     has_cpp = any(shutil.which(compiler) for compiler in ("g++", "clang++"))
     return "inductor" if has_triton or has_cpp else "eager"
 
@@ -175,10 +176,10 @@ class _State:
                 raise inner from None
             raise TraceError(f"{self.name} could not be captured: {inner}") from error
         except torch._dynamo.exc.Unsupported as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = reason_of(error)
             raise TraceError(f"{self.name} breaks into several graphs: {reason}") from error
         except torch._dynamo.exc.TorchDynamoException as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = reason_of(error)
             raise TraceError(f"{self.name} could not be captured on these inputs: {reason}") from error
 
     def report(self) -> Report:
@@ -256,10 +257,10 @@ def _rebuilt(
 def _optimized_module(model: nn.Module, state: _State) -> nn.Module:
     if isinstance(model, OptimizedModule):
         model = model.original
-    kind = _optimized_class(type(model))
+    kind = _optimized_class(type(model))  # type: ignore[arg-type] # classes are hashable
     result = kind.__new__(kind)
     object.__setattr__(result, "__dict__", model.__dict__)
-    kind._graphopt.__set__(result, state)  # type: ignore[attr-defined]
+    kind._graphopt.__set__(result, state)
     state.original = state.log.module = model
     state.bind(model.forward)
     return result  # type: ignore[no-any-return]

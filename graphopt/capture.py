@@ -79,7 +79,7 @@ def _break_of(module: fx.GraphModule) -> str | None:
     reason = getattr(module, "compile_subgraph_reason", None)
     if reason is None or not reason.graph_break:
         return None
-    text = reason.reason.strip().splitlines()[0]
+    text = str(reason.reason).strip().splitlines()[0]
     if not reason.user_stack:
         return text
     line = reason.user_stack[-1]

@@ -82,7 +82,8 @@ class Program:
     @property
     def outputs(self) -> tuple[Any, ...]:
         """The graph's outputs: nodes, or constants such as None for a gradient nobody needs."""
-        return tuple(self.graph.output_node().args[0])
+        results: Any = self.graph.output_node().args[0]
+        return tuple(results)
 
     @property
     def forward_outputs(self) -> tuple[Any, ...]:

@@ -5,6 +5,7 @@ by the saved tensors; the backward takes the saved tensors and the tangents and 
 """
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from torch import fx
 from torch._functorch._aot_autograd.descriptors import SavedForBackwardsAOTOutput
@@ -96,11 +97,11 @@ def _copy(graph: fx.Graph, node: fx.Node, env: dict[fx.Node, fx.Node]) -> fx.Nod
 def _finish(
     program: Program, graph: fx.Graph, results: Iterable[object], descriptions: list[object]
 ) -> fx.GraphModule:
-    output = graph.output(tuple(results))  # type: ignore[arg-type]
+    returned: Any = tuple(results)
+    output = graph.output(returned)
     output.meta["desc"] = descriptions
     output.meta["output_stack_traces"] = [
-        r.meta.get("stack_trace") if isinstance(r, fx.Node) else None
-        for r in output.args[0]  # type: ignore[union-attr]
+        r.meta.get("stack_trace") if isinstance(r, fx.Node) else None for r in returned
     ]
     graph.eliminate_dead_code()
     graph.lint()

@@ -1,6 +1,7 @@
 """Tracing: a model and example inputs to a Program, without running anything or allocating weights."""
 
 import copy
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -54,7 +55,7 @@ def capture(
     args, kwargs = _arguments(example_inputs)
     programs: list[Program] = []
     compiled = torch.compile(
-        faked.callable(model), backend=_collector(programs), dynamic=False, fullgraph=fullgraph
+        faked.callable(model), backend=_collector(programs, fullgraph), dynamic=False, fullgraph=fullgraph
     )
     args, kwargs = pytree.tree_map_only(torch.Tensor, faked.tensor, (args, kwargs))
     try:
@@ -63,17 +64,25 @@ def capture(
     except TraceError:
         raise
     except Exception as error:
-        raise TraceError(f"{_name(model)} could not be traced: {_reason(error)}") from error
+        if fullgraph and programs:  # stopped on purpose: there is nothing left to learn
+            return programs
+        raise TraceError(f"{_name(model)} could not be traced: {reason_of(error)}") from error
     return programs
 
 
-def _collector(programs: list[Program]) -> Callable[..., Any]:
+class _Captured(Exception):
+    """Ends a capture as soon as the only graph is known."""
+
+
+def _collector(programs: list[Program], only_one: bool) -> Callable[..., Any]:
     def backend(module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         frame = frame_of(module, example_inputs)
         return aot_autograd(
             fw_compiler=_boxed_interpreter,
-            inference_compiler=lambda graph, _: _keep_forward(graph, frame, programs),
-            partition_fn=lambda joint, inputs, **kw: _keep(joint, inputs, frame, programs, **kw),
+            inference_compiler=lambda graph, _: _keep_forward(graph, frame, programs, only_one),
+            partition_fn=lambda joint, inputs, **kw: _keep(
+                joint, inputs, frame, programs, only_one, **kw
+            ),
         )(module, example_inputs)
 
     return backend
@@ -84,6 +93,7 @@ def _keep(
     inputs: Any,
     frame: Frame,
     programs: list[Program],
+    only_one: bool,
     *,
     num_fwd_outputs: int,
     **options: Any,
@@ -91,12 +101,18 @@ def _keep(
     from torch._functorch.partitioners import default_partition
 
     programs.append(program_of(joint, num_fwd_outputs, frame).copy())
+    if only_one:
+        raise _Captured
     return default_partition(joint, inputs, num_fwd_outputs=num_fwd_outputs, **options)
 
 
-def _keep_forward(module: fx.GraphModule, frame: Frame, programs: list[Program]) -> Callable[..., Any]:
+def _keep_forward(
+    module: fx.GraphModule, frame: Frame, programs: list[Program], only_one: bool
+) -> Callable[..., Any]:
     outputs = module.graph.output_node().args[0]
     programs.append(program_of(module, len(outputs), frame).copy())  # type: ignore[arg-type]
+    if only_one:
+        raise _Captured
     return _boxed_interpreter(module, ())
 
 
@@ -174,7 +190,10 @@ def _name(model: Any) -> str:
     return type(model).__name__ if isinstance(model, nn.Module) else getattr(model, "__name__", "it")
 
 
-def _reason(error: BaseException) -> str:
-    """The first lines of what went wrong, without Dynamo's advice."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return "; ".join(lines[:3]) or type(error).__name__
+def reason_of(error: BaseException) -> str:
+    """The first lines of what went wrong, without Dynamo's advice, and the user's line that did it."""
+    text = str(error)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    places = re.findall(r'File "([^"]+)", line (\d+)', text)
+    where = f" (at {places[-1][0]}:{places[-1][1]})" if places else ""
+    return ("; ".join(lines[:3]) or type(error).__name__) + where

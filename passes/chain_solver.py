@@ -132,8 +132,9 @@ class Chain:
         parts[0].append(_States.start())
         table: list[_States] = []
         for cut, row in enumerate(self.runs):
-            if not parts[cut]:
-                return None
+            if not parts[cut]:  # longer runs may still pass over this cut
+                table.append(_States.start().rows(np.zeros(0, dtype=int)))
+                continue
             table.append(_pruned(_States.together(parts[cut]), limit_bytes is None))
             for number, run in enumerate(row):
                 after = _extend(table[cut], run, (cut, number))

@@ -85,7 +85,10 @@ class Checkpoint(Pass):
             raise PlanError("give one of memory= and activations=, not both")
 
     def plan(self, program: Program, costs: Costs) -> CheckpointPlan:
-        """The labels of every value; PlanError with `reachable_bytes` where the budget is too small."""
+        """The labels of every value; PlanError with `reachable_bytes` where the budget is too small.
+
+        A forward alone keeps nothing and recomputes nothing, whatever the budget.
+        """
         flow = costs.dataflow(program)
         if self.activations is not None:
             flow = without_gradient_bytes(flow)
@@ -93,6 +96,8 @@ class Checkpoint(Pass):
             flow = holding_outputs(flow)
         baseline = flow.static_bytes + step_of(flow, everything(flow)).peak_bytes
         budget = self._budget_bytes(baseline, flow.static_bytes)
+        if not program.is_joint:
+            return _plan(flow, everything(flow), budget, baseline)
         wish = self.memory if self.activations is None else self.activations
         search = Search(leave_room=costs.followed, repeat=not costs.merges_repeats)
         choice = choose(flow, wish == "min", budget, search)

@@ -13,7 +13,7 @@ settings.register_profile("same", relaxed, derandomize=True, database=None)
 settings.register_profile("explore", relaxed, max_examples=2000)
 settings.load_profile("same")  # pytest --hypothesis-profile=explore for more
 sys.path.append(str(Path(__file__).with_name("helpers")))
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # for tiny tensors, threads on shared cores wait for one another
 logging.getLogger("torch.__trace").propagate = False  # thousands of lines below each failure
 
 

@@ -65,9 +65,7 @@ def test_outputs_are_results_then_one_gradient_for_each_input(program: Program) 
     assert len(program.forward_outputs) == program.num_forward_outputs == 5
     inputs = [i for i in program.inputs if i.role is not Role.TANGENT]
     assert len(program.gradients) == len(inputs)
-    with_gradient = {
-        i.label for i, g in zip(inputs, program.gradients, strict=True) if g is not None
-    }
+    with_gradient = {i.label for i, g in zip(inputs, program.gradients, strict=True) if g is not None}
     assert with_gradient == {"inner.weight", "norm.weight", "norm.bias"}
     assert sum(i.role is Role.TANGENT for i in program.inputs) == 2
 

@@ -38,9 +38,7 @@ def targets(program: object) -> list[str]:
 def test_a_model_and_its_copy_on_meta_give_the_same_program() -> None:
     model, inputs = MODELS["residual"]()
     real = trace(model, inputs)
-    meta = trace(
-        copy.deepcopy(model).to("meta"), {k: v.to("meta") for k, v in inputs.items()}
-    )
+    meta = trace(copy.deepcopy(model).to("meta"), {k: v.to("meta") for k, v in inputs.items()})
     assert targets(real) == targets(meta)
     assert real.inputs == meta.inputs
     for a, b in zip(real.graph.nodes, meta.graph.nodes, strict=True):
@@ -118,9 +116,7 @@ def test_frozen_parameters_have_no_gradient() -> None:
     model.first.requires_grad_(False)
     program = trace(model, torch.ones(3, 4))
     labels = [i.label for i in program.inputs if i.role is not Role.TANGENT]
-    with_gradient = {
-        label for label, g in zip(labels, program.gradients, strict=True) if g is not None
-    }
+    with_gradient = {label for label, g in zip(labels, program.gradients, strict=True) if g is not None}
     assert with_gradient == {"last.weight", "last.bias"}
     assert not trace(model.requires_grad_(False), torch.ones(3, 4)).is_joint
 

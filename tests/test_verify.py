@@ -55,8 +55,6 @@ def late_output(program: Program) -> None:
     output.args = ((late, *program.outputs[1:]),)
 
 
-
-
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
@@ -97,9 +95,7 @@ def with_output(program: Program, index: int, value: object) -> Program:
 
 
 def test_an_output_of_another_shape_or_dtype_is_refused(program: Program) -> None:
-    index, gradient = next(
-        (i, o) for i, o in enumerate(program.outputs) if i and isinstance(o, fx.Node)
-    )
+    index, gradient = next((i, o) for i, o in enumerate(program.outputs) if i and isinstance(o, fx.Node))
     other = next(
         n
         for n in program.operators()

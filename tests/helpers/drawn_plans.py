@@ -39,10 +39,7 @@ def forward_values(flow: Dataflow) -> list[int]:
 def stuck(flow: Dataflow) -> set[int]:
     """Values that no operator can make again."""
     return {
-        v
-        for i in flow.forward
-        if not flow.operators[i].recomputable
-        for v in flow.operators[i].writes
+        v for i in flow.forward if not flow.operators[i].recomputable for v in flow.operators[i].writes
     }
 
 

@@ -14,7 +14,6 @@ from graphopt.program import Program, Role
 from graphopt.split import backward_module, forward_module, saved_nodes
 
 
-
 @functools.cache
 def traced(name: str) -> tuple[Program, nn.Module, dict[str, torch.Tensor]]:
     """A tiny model by name: its joint program, the model, and inputs for it. Change none of them."""

@@ -86,10 +86,7 @@ def test_the_rewritten_program_takes_the_memory_that_was_predicted(name: str, se
     planned = pass_.apply(program, plan)
     after = Costs.of(planned, CPU).dataflow(planned)
     kept = {
-        v
-        for n in saved_nodes(planned)
-        for v in after.value_of[n.name]
-        if after.values[v].producer >= 0
+        v for n in saved_nodes(planned) for v in after.value_of[n.name] if after.values[v].producer >= 0
     }
     again = step_of(after, Choice(frozenset(kept), frozenset(), 0.0, 0))
     if not any(n.name.endswith("_generator") for n in planned.graph.nodes):
