@@ -173,7 +173,7 @@ class _Builder:
 
     def _reusable(self, node: fx.Node) -> list[int]:
         found = []
-        for position in ops.overwrite_positions(node.target):
+        for position in ops.overwrite_positions(node):
             operand = node.args[position]
             if isinstance(operand, fx.Node) and may_overwrite(node, operand):
                 value = self.value_of[operand.name][0]

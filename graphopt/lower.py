@@ -11,10 +11,9 @@ from torch import fx
 from torch.fx.graph import _BoxedCodeGen
 
 from graphopt import ops
+from graphopt.cleanup import Storage, storages_of
 from graphopt.cost_models.memory import may_overwrite
 from graphopt.program import LEAVES, Leaf, leaves
-
-Storage = tuple[fx.Node, int]
 
 
 def boxed(module: fx.GraphModule) -> Callable[[list[Any]], Sequence[Any]]:
@@ -45,23 +44,6 @@ def overwrite_dead_operands(module: fx.GraphModule) -> int:
     return count
 
 
-def storages_of(graph: fx.Graph) -> dict[fx.Node, tuple[Storage, ...]]:
-    """For each node, the storages behind its tensors, each named by the node and leaf that made it."""
-    found: dict[fx.Node, tuple[Storage, ...]] = {}
-    for node in graph.nodes:
-        if node.op == "output":
-            continue
-        inputs = node.all_input_nodes
-        own = []
-        for index, leaf in enumerate(leaves(node)):
-            if leaf.alias is None or node.op == "placeholder":
-                own.append((node, index))
-            else:
-                own.append(found[inputs[leaf.alias[0]]][leaf.alias[1]])
-        found[node] = tuple(own)
-    return found
-
-
 def last_uses(graph: fx.Graph, storages: dict[fx.Node, tuple[Storage, ...]]) -> dict[Storage, fx.Node]:
     """For each storage, the last node that reads it, views not counted unless they are read."""
     last: dict[Storage, fx.Node] = {}
@@ -79,7 +61,7 @@ def _position(
     storages: dict[fx.Node, tuple[Storage, ...]],
     last: dict[Storage, fx.Node],
 ) -> int | None:
-    for position in ops.overwrite_positions(node.target):
+    for position in ops.overwrite_positions(node):
         operand = node.args[position]
         if not isinstance(operand, fx.Node) or not may_overwrite(node, operand):
             continue

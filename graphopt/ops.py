@@ -51,6 +51,19 @@ _OVERWRITE: dict[Any, tuple[Any, tuple[int, ...], bool]] = {
     aten.gelu_backward.default: (aten.gelu_backward.grad_input, (0, 1), True),
     aten.silu_backward.default: (aten.silu_backward.grad_input, (0, 1), True),
     aten.threshold_backward.default: (aten.threshold_backward.grad_input, (0, 1), True),
+    # Row by row: a row is reduced before any of it is written.
+    aten._softmax.default: (aten._softmax.out, (0,), True),
+    aten._log_softmax.default: (aten._log_softmax.out, (0,), True),
+    aten._softmax_backward_data.default: (aten._softmax_backward_data.out, (0,), True),
+    aten._log_softmax_backward_data.default: (aten._log_softmax_backward_data.out, (0,), True),
+}
+
+# Operators that work row by row, and where their argument for the dimension stands.
+_BY_ROWS = {
+    aten._softmax.default: 1,
+    aten._log_softmax.default: 1,
+    aten._softmax_backward_data.default: 2,
+    aten._log_softmax_backward_data.default: 2,
 }
 
 # The keyword under which each ``out`` form takes its destination.
@@ -60,6 +73,7 @@ _OUT_KEYWORD = {
     aten.gelu_backward.grad_input: "grad_input",
     aten.silu_backward.grad_input: "grad_input",
     aten.threshold_backward.grad_input: "grad_input",
+    aten._softmax_backward_data.out: "grad_input",
 }
 
 # Linear in the named tensor argument: a gradient known to be zero there makes the result zero.
@@ -151,10 +165,19 @@ def replay_form(node: fx.Node) -> tuple[Any, tuple[Any, ...], dict[str, Any]] | 
     return None
 
 
-def overwrite_positions(target: Any) -> tuple[int, ...]:
-    """Positions of the operands that `target` may write its result over; empty where none."""
-    entry = _OVERWRITE.get(target)
-    return entry[1] if entry else ()
+def overwrite_positions(node: fx.Node) -> tuple[int, ...]:
+    """Positions of the operands that `node` may write its result over; empty where none."""
+    entry = _OVERWRITE.get(node.target)
+    if entry is None or (node.target in _BY_ROWS and not _over_last_dimension(node)):
+        return ()
+    return entry[1]
+
+
+def _over_last_dimension(node: fx.Node) -> bool:
+    """True for a softmax, or its gradient, over the last dimension of a contiguous tensor."""
+    tensor = node.meta["val"]
+    dimension = node.args[_BY_ROWS[node.target]]
+    return dimension in (-1, tensor.dim() - 1) and bool(tensor.is_contiguous())
 
 
 def overwriting(node: fx.Node, position: int) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:

@@ -10,6 +10,7 @@ from torch import fx
 from torch._dynamo.backends.common import aot_autograd
 
 from graphopt.capture import Frame, frame_of, program_of
+from graphopt.cleanup import without_copies
 from graphopt.cost_models.costs import Costs
 from graphopt.cost_models.devices import Device
 from graphopt.lower import boxed, overwrite_dead_operands
@@ -118,7 +119,7 @@ class _Graph:
         self, joint: fx.GraphModule, inputs: Any, *, num_fwd_outputs: int, **_: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         """AOTAutograd's partition function: plan, apply, split."""
-        full = program_of(joint, num_fwd_outputs, self.frame)
+        full = without_copies(program_of(joint, num_fwd_outputs, self.frame))
         if self.frame.broken_at is None:
             self.unlikely = unlikely_tangents(full)
         program = without_gradients(full, self.unlikely) if self.unlikely else full
@@ -169,7 +170,7 @@ class _Graph:
 
     def _forward_program(self, module: fx.GraphModule) -> Program:
         outputs = module.graph.output_node().args[0]
-        return program_of(module, len(outputs), self.frame)  # type: ignore[arg-type]
+        return without_copies(program_of(module, len(outputs), self.frame))  # type: ignore[arg-type]
 
     def compile_forward(self, module: fx.GraphModule, _inputs: Sequence[Any]) -> Boxed:
         """The forward of a training step."""

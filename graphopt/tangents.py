@@ -8,7 +8,7 @@ the tensors, and add them. `without_gradients` removes those terms.
 from torch import fx
 
 from graphopt import ops
-from graphopt.program import Program, Role, record_leaves, tensors_of
+from graphopt.program import LEAVES, Leaf, Program, Role, storage_nbytes, tensors_of
 
 
 def unlikely_tangents(program: Program) -> frozenset[str]:
@@ -45,7 +45,6 @@ def without_gradients(program: Program, tangents: frozenset[str]) -> Program:
         if node in zero:
             output.replace_input_with(node, _zeros(result, node, before=output))
     result.graph.eliminate_dead_code()
-    record_leaves(result.graph)
     return result
 
 
@@ -93,4 +92,5 @@ def _zeros(program: Program, like: fx.Node, before: fx.Node) -> fx.Node:
     with tensor.fake_mode:  # type: ignore[attr-defined]
         node.meta["val"] = ops.aten.full.default(*node.args, **node.kwargs)
     node.meta["partitioner_tag"] = "is_backward"
+    node.meta[LEAVES] = (Leaf(storage_nbytes(node.meta["val"]), None),)
     return node

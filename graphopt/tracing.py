@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from graphopt.capture import CaptureSettings, Frame, frame_of, program_of
+from graphopt.cleanup import without_copies
 from graphopt.errors import TraceError
 from graphopt.program import Program
 
@@ -100,7 +101,7 @@ def _keep(
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
     from torch._functorch.partitioners import default_partition
 
-    programs.append(program_of(joint, num_fwd_outputs, frame).copy())
+    programs.append(without_copies(program_of(joint, num_fwd_outputs, frame).copy()))
     if only_one:
         raise _Captured
     return default_partition(joint, inputs, num_fwd_outputs=num_fwd_outputs, **options)
@@ -110,7 +111,8 @@ def _keep_forward(
     module: fx.GraphModule, frame: Frame, programs: list[Program], only_one: bool
 ) -> Callable[..., Any]:
     outputs = module.graph.output_node().args[0]
-    programs.append(program_of(module, len(outputs), frame).copy())  # type: ignore[arg-type]
+    program = program_of(module, len(outputs), frame)  # type: ignore[arg-type]
+    programs.append(without_copies(program.copy()))
     if only_one:
         raise _Captured
     return _boxed_interpreter(module, ())

@@ -215,6 +215,22 @@ class FlowBuilder:
         )
 
 
+def blocks(count: int, inner: int = 5) -> Dataflow:
+    """Equal blocks, narrow where they meet, `inner` times wider inside; backwards read the inputs."""
+    build = FlowBuilder()
+    made = [build.static(100)]
+    for _ in range(count):
+        (wide,) = build.operator([made[-1]], [100 * inner], seconds=3.0)
+        (wide2,) = build.operator([wide], [100 * inner], seconds=1.0)
+        made += [wide, wide2, *build.operator([wide2], [100], seconds=2.0)]
+    gradient: tuple[int, ...] = ()
+    for value in reversed(made[:-1]):
+        gradient = build.operator(
+            [*gradient, value], [build.values[value].nbytes], backward=True, seconds=2.0
+        )
+    return build.flow([made[-1]], gradient)
+
+
 SIZES = st.integers(1, 8).map(lambda n: n * 100)
 SECONDS = st.integers(1, 10).map(lambda n: n / 10)
 SCRATCH = st.sampled_from([0, 0, 0, 250])

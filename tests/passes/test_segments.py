@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import given, settings
 from programs import traced
-from random_flows import FlowBuilder, training_flows
+from random_flows import FlowBuilder, blocks, training_flows
 
 from graphopt.cost_models.memory import Dataflow, dataflow
 from graphopt.cost_models.schedule import anchors
@@ -71,23 +71,6 @@ def test_spans_of_random_dataflows(flow: Dataflow) -> None:
 def test_spans_of_models(name: str) -> None:
     flow = dataflow(traced(name)[0])
     check(flow, spans(flow))
-
-
-def blocks(count: int, inner: int = 4) -> Dataflow:
-    """`count` equal blocks: narrow in, `inner` times wider inside, narrow out."""
-    build = FlowBuilder()
-    made = [build.static(10)]
-    for _ in range(count):
-        (wide,) = build.operator([made[-1]], [10 * inner])
-        (wide2,) = build.operator([wide], [10 * inner])
-        made += [wide, wide2, *build.operator([wide2], [10])]
-    gradient: tuple[int, ...] = ()
-    for index in reversed(range(1, len(made))):
-        read = made[index - 1]
-        gradient = build.operator(
-            [*gradient, read], [build.values[read].nbytes if read else 10], backward=True
-        )
-    return build.flow([made[-1]], gradient)
 
 
 def test_repeated_blocks_are_cut_where_they_meet() -> None:

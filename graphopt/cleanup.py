@@ -1,0 +1,67 @@
+"""What every captured program is freed of before passes see it: copies that nobody can tell apart.
+
+A dropout of probability zero, for one, is captured as a copy of its input. In a program that writes to
+none of its values, a copy with the layout of its source is the source.
+"""
+
+from torch import fx
+
+from graphopt import ops
+from graphopt.program import Program, leaves, tensors_of
+
+Storage = tuple[fx.Node, int]
+
+
+def without_copies(program: Program) -> Program:
+    """`program` without copies that have their source's layout.
+
+    A copy stays where it or its source is an input or an output of the graph: there it keeps two
+    tensors of the caller apart.
+    """
+    if not any(_is_copy(node) for node in program.operators()):
+        return program
+    result = program.copy()
+    storage = storages_of(result.graph)
+    fixed = {s for o in result.outputs if isinstance(o, fx.Node) for s in storage[o]}
+    fixed |= {s for n in result.graph.nodes if n.op in ("placeholder", "get_attr") for s in storage[n]}
+    fixed |= {
+        s
+        for n in result.operators()
+        if ops.mutates(n.target)
+        for i in n.all_input_nodes
+        for s in storage[i]
+    }
+    for node in list(result.operators()):
+        if _is_copy(node):
+            source = node.all_input_nodes[0]
+            if fixed.isdisjoint((*storage[node], *storage[source])):
+                node.replace_all_uses_with(source)
+                result.graph.erase_node(node)
+    return result
+
+
+def _is_copy(node: fx.Node) -> bool:
+    if node.target is not ops.aten.clone.default:
+        return False
+    copy, source = tensors_of(node)[0], tensors_of(node.all_input_nodes[0])[0]
+    if copy is None or source is None:
+        return False
+    whole = source.numel() * source.element_size() == leaves(node.all_input_nodes[0])[0].nbytes
+    return whole and copy.shape == source.shape and copy.stride() == source.stride()
+
+
+def storages_of(graph: fx.Graph) -> dict[fx.Node, tuple[Storage, ...]]:
+    """For each node, the storages behind its tensors, each named by the node and leaf that made it."""
+    found: dict[fx.Node, tuple[Storage, ...]] = {}
+    for node in graph.nodes:
+        if node.op == "output":
+            continue
+        inputs = node.all_input_nodes
+        own = []
+        for index, leaf in enumerate(leaves(node)):
+            if leaf.alias is None or node.op == "placeholder":
+                own.append((node, index))
+            else:
+                own.append(found[inputs[leaf.alias[0]]][leaf.alias[1]])
+        found[node] = tuple(own)
+    return found
