@@ -164,12 +164,12 @@ def report(rows: list[dict[str, Any]]) -> str:
         trained = row["training"]["max_loss_difference"] if row["training"] else None
         half = [None] * 4
         if "bf16" in row:
-            half = [row["bf16"]["gradient"], row["bf16"]["bitwise"], row["bf16_as_traced"]]
+            half = [row["bf16"]["gradient"], row["bf16"]["bitwise"], row.get("bf16_as_traced")]
             half += [row["bf16_noise"]["gradient"]]
-        exact = [row[k] for k in ("model", "budget", "loss", "gradient", "bitwise", "as_traced")]
+        exact = [row.get(k) for k in ("model", "budget", "loss", "gradient", "bitwise", "as_traced")]
         lines.append([*exact, *half, trained])
     passed = sum("error" not in r and r["bitwise"] for r in rows)
-    traced = sum("error" not in r and r["as_traced"] for r in rows)
+    traced = sum("error" not in r and r.get("as_traced", False) for r in rows)
     halves = [r["bf16"]["bitwise"] for r in rows if "bf16" in r]
     return (
         f"{table(head, lines)}\n\nBitwise equal: {passed} of {len(rows)} cells; "

@@ -7,7 +7,7 @@ structure is that of the optimal persistent schedules for chains (Beaumont et al
 checkpointing for heterogeneous chains", 2019), with several options per stage.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,7 +15,7 @@ import numpy as np
 from graphopt.cost_models.memory import Dataflow
 from graphopt.passes.local_problem import LocalProblem, Placed, Surroundings, place
 from graphopt.passes.segments import Spans, spans
-from graphopt.passes.span_options import Option, options
+from graphopt.passes.span_options import Labels, Option, options
 
 MERGE = 2  # the most adjacent spans that are recomputed as one
 STATES = 256  # the most partial choices kept at a cut
@@ -39,6 +39,49 @@ class Choice:
     ephemeral: frozenset[int]
     seconds: float
     peak_bytes: int
+
+
+class _RunSolver:
+    """Finds the options of runs; equal runs are solved once."""
+
+    def __init__(self, world: Surroundings, repeat: bool) -> None:
+        self.world = world
+        self.repeat = repeat
+        self.solved: dict[LocalProblem, tuple[Option, ...]] = {}
+
+    def run(self, first: int, stop: int) -> Run:
+        """The run of the spans from `first` to before `stop`."""
+        placed = place(self.world, first, stop)
+        if placed.problem not in self.solved:
+            seeds = self._seeds(first, stop, placed) if stop - first > 1 else ()
+            self.solved[placed.problem] = options(placed.problem, self.repeat, seeds)
+        return Run(first, stop, placed, self.solved[placed.problem])
+
+    def _seeds(self, first: int, stop: int, placed: Placed) -> Iterator[Labels]:
+        """What is best for the parts, with the values between them kept or not."""
+        parts = [self.run(k, k + 1) for k in range(first, stop)]
+        number = {value: local for local, value in enumerate(placed.values)}
+        between = {v for k in range(first + 1, stop) for v in self.world.spans.crossing[k]}
+        for wish in (_peak, _kept, _time):
+            best = [(part.placed.values, min(part.options, key=wish)) for part in parts]
+            keep = {number[values[v]] for values, option in best for v in option.keep}
+            ephemeral = {number[values[v]] for values, option in best for v in option.ephemeral}
+            inner = {number[v] for v in between if v in number}
+            yield frozenset(keep | inner), frozenset(ephemeral)
+            yield frozenset(keep - inner), frozenset(ephemeral)
+            yield frozenset(keep - inner), frozenset(ephemeral | inner)
+
+
+def _peak(option: Option) -> float:
+    return option.backward_bytes
+
+
+def _kept(option: Option) -> float:
+    return option.kept_bytes + option.backward_bytes
+
+
+def _time(option: Option) -> float:
+    return option.seconds
 
 
 @dataclass(frozen=True)
@@ -94,17 +137,11 @@ class Chain:
         Without `repeat` no value is recomputed more than once.
         """
         cut = spans(flow)
-        world = Surroundings.of(flow, cut)
-        solved: dict[LocalProblem, tuple[Option, ...]] = {}
+        solver = _RunSolver(Surroundings.of(flow, cut), repeat)
         runs = []
         for first in range(len(cut)):
-            row = []
-            for stop in range(first + 1, min(first + MERGE, len(cut)) + 1):
-                placed = place(world, first, stop)
-                if placed.problem not in solved:
-                    solved[placed.problem] = options(placed.problem, repeat)
-                row.append(Run(first, stop, placed, solved[placed.problem]))
-            runs.append(tuple(row))
+            last = min(first + MERGE, len(cut))
+            runs.append(tuple(solver.run(first, stop) for stop in range(first + 1, last + 1)))
         return Chain(cut, tuple(runs))
 
     def light(self) -> "Chain":

@@ -19,6 +19,8 @@ from graphopt.passes.segments import deep_reads
 LIGHT_SHARE = 0.01  # of the step's time: what recomputation may cost where no budget is given
 ROUNDS = 4  # searches with a tightened limit, where the sum over spans missed the true peak
 BISECTIONS = 10
+LOWERINGS = 6  # kept values given up one by one, each the best of some candidates
+CANDIDATES = 12
 
 
 @dataclass(frozen=True)
@@ -97,13 +99,13 @@ def choose(flow: Dataflow, least: bool, budget_bytes: int | None, search: Search
         return plain
     chain = Chain.of(flow, search.repeat)
     if least:
-        return pruned(flow, chain.least_peak())
+        return lowered(flow, pruned(flow, chain.least_peak()), search.repeat)
     if budget_bytes is None:
         return pruned(flow, _light(flow, chain))
-    return pruned(flow, _within(flow, chain, budget_bytes))
+    return pruned(flow, _within(flow, chain, budget_bytes, search.repeat))
 
 
-def _within(flow: Dataflow, chain: Chain, budget_bytes: int) -> Choice:
+def _within(flow: Dataflow, chain: Chain, budget_bytes: int, repeat: bool) -> Choice:
     limit = budget_bytes - flow.static_bytes
     for _ in range(ROUNDS):
         choice = chain.within(limit)
@@ -113,7 +115,7 @@ def _within(flow: Dataflow, chain: Chain, budget_bytes: int) -> Choice:
         if excess <= 0:
             return choice
         limit -= excess
-    best = chain.least_peak()
+    best = lowered(flow, chain.least_peak(), repeat)
     reachable = flow.static_bytes + step_of(flow, best).peak_bytes
     if reachable <= budget_bytes:
         return best
@@ -142,6 +144,48 @@ def _light(flow: Dataflow, chain: Chain) -> Choice:
         else:
             bottom = middle
     return high
+
+
+def lowered(flow: Dataflow, choice: Choice, repeat: bool) -> Choice:
+    """`choice` with fewer kept values, where one that is alive at the peak is better recomputed.
+
+    This reaches values that cross every cut, which the search over spans keeps.
+    """
+    peak = step_of(flow, choice).peak_bytes
+    for _ in range(LOWERINGS):
+        for value in _kept_at_peak(flow, choice):
+            keep, ephemeral = choice.keep - {value}, choice.ephemeral
+            trial = replace(choice, keep=keep, ephemeral=ephemeral | {value} if repeat else ephemeral)
+            if not _is_complete(flow, keep):
+                continue
+            lower = step_of(flow, trial).peak_bytes
+            if lower < peak:
+                choice, peak = pruned(flow, trial), lower
+                break
+        else:
+            break
+    return choice
+
+
+def _kept_at_peak(flow: Dataflow, choice: Choice) -> list[int]:
+    """The largest kept values alive when the step is at its peak."""
+    step = step_of(flow, choice)
+    timeline = max(step.forward, step.backward, key=lambda t: t.peak_bytes)
+    place = timeline.during.index(timeline.peak_bytes)
+    if timeline is step.forward:
+        gone = set(choice.keep) - {v for s in timeline.steps[: place + 1] for v in s.makes}
+    else:
+        gone = {v for dying in timeline.last_read[:place] for v in dying}
+    alive = sorted(choice.keep - gone, key=lambda v: (-flow.values[v].nbytes, v))
+    return alive[:CANDIDATES]
+
+
+def _is_complete(flow: Dataflow, keep: Collection[int]) -> bool:
+    try:
+        check_choice(flow, keep)
+    except PlanError:
+        return False
+    return True
 
 
 def pruned(flow: Dataflow, choice: Choice) -> Choice:

@@ -44,12 +44,17 @@ class Option:
     flops: int
 
 
-def options(problem: LocalProblem, repeat: bool = True) -> tuple[Option, ...]:
+Labels = tuple[frozenset[int], frozenset[int]]  # values kept, values recomputed for each use
+
+
+def options(
+    problem: LocalProblem, repeat: bool = True, seeds: Iterable[Labels] = ()
+) -> tuple[Option, ...]:
     """The options of `problem` that none other beats in kept bytes, peak and time at once.
 
-    Without `repeat` none of them makes a value ephemeral.
+    Without `repeat` none of them makes a value ephemeral. The search also starts from `seeds`.
     """
-    return _Search(problem, repeat).run()
+    return _Search(problem, repeat).run(seeds)
 
 
 class _Search:
@@ -67,8 +72,11 @@ class _Search:
         self.density = {v: self._density(v) for v in self.choices}
         self.asked = {v for a in self.order for v in self.flow.operators[a].reads}
 
-    def run(self) -> tuple[Option, ...]:
-        """Thresholds first, then descents from the best of what was found."""
+    def run(self, seeds: Iterable[Labels]) -> tuple[Option, ...]:
+        """Thresholds and seeds first, then descents from the best of what was found."""
+        allowed = frozenset(self.choices)
+        for keep, ephemeral in seeds:
+            self._try(self._forward(keep & allowed), ephemeral & allowed - keep)
         for keep, ephemeral in self._threshold_choices():
             self._try(keep, ephemeral)
         if self.choices:

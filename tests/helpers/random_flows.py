@@ -248,12 +248,15 @@ def training_flows(
     build = FlowBuilder()
     made = [build.static(draw(SIZES))]
     reads_of: list[tuple[int, ...]] = []
-    for _ in range(draw(st.integers(2, operators))):
+    count = draw(st.integers(2, operators))
+    for number in range(count):
         reads = {made[-1]}
         if not chain and len(made) > 1:
             reads |= draw(st.sets(st.sampled_from(made[:-1]), max_size=2))
             if len(reads) > 1 and draw(st.integers(0, 5)) == 0:
                 reads.discard(made[-1])
+        if number == count - 1:  # nothing is made for nobody
+            reads |= set(made[1:]).difference(*reads_of) if reads_of else set()
         reads_of.append(tuple(sorted(reads)))
         size = draw(SIZES)
         same = [v for v in reads if v != made[0] and build.values[v].nbytes == size]
