@@ -128,18 +128,21 @@ def simulate(
     deaths = _deaths(flow, steps, frozenset(start), end)
     values, operators = flow.values, flow.operators
     mine = set(owned)
+    replayed = {o.state for o in operators if o.state is not None} & set(start)
     live = sum(values[v].nbytes for v in start)
     during, after, reused = [], [], []
     for step, (dying, unused) in zip(steps, deaths, strict=True):
         operator = operators[step.operator]
         over = next((v for v in operator.reusable if v in dying and v in mine), None)
         made = sum(values[v].nbytes for v in step.makes)
+        # A replay puts the generator's present state aside while it runs.
+        saved = values[operator.state].nbytes if operator.state in replayed else 0
         if over is None or len(operator.writes) != 1 or not step.makes:
             over = None
             again = sum(values[v].nbytes for v in operator.writes if v not in step.makes)
-            during.append(live + made + again + operator.workspace_bytes)
+            during.append(live + made + again + operator.workspace_bytes + saved)
         else:
-            during.append(live + operator.workspace_bytes)
+            during.append(live + operator.workspace_bytes + saved)
         live += made - sum(values[v].nbytes for v in dying) - sum(values[v].nbytes for v in unused)
         mine.update(step.makes)
         mine.difference_update(dying)

@@ -153,6 +153,12 @@ class _State:
 
     def bind(self, function: Callable[..., Any]) -> None:
         """Compile `function` (lazily, as torch.compile does), with the loss behind it."""
+
+        @functools.wraps(function)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return self.call(args, kwargs)
+
+        self.forward: Callable[..., Any] = forward
         if self.loss is not None:
             function = _with_loss(function, self.loss)
         self.compiled = torch.compile(
@@ -232,9 +238,18 @@ class OptimizedModule:
         """The module that was optimised; it runs as it did."""
         return self._graphopt.original  # type: ignore[no-any-return]
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's forward, captured and planned."""
-        return self._graphopt.call(args, kwargs)
+    @property
+    def forward(self) -> Callable[..., Any]:
+        """The model's forward, captured and planned.
+
+        A property, so that it comes before a forward that libraries set on the instance they share.
+        """
+        return self._graphopt.forward
+
+    @forward.setter
+    def forward(self, function: Callable[..., Any]) -> None:
+        self.__dict__["forward"] = function
+        self._graphopt.bind(function)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         state = self._graphopt

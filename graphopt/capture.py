@@ -7,6 +7,7 @@ the second.
 
 import logging
 import re
+import threading
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -58,7 +59,10 @@ def _label(node: fx.Node) -> str:
     keys = re.findall(r"\['([^']*)'\]|\.([A-Za-z_]\w*)|\[(\d+)\]", name)
     parts = [next(p for p in key if p) for key in keys]
     hidden = {"_modules", "_parameters", "_buffers", "self", "kwargs", "args", "__self__"}
-    return ".".join(p for p in parts if p not in hidden) or name
+    if parts[:1] == ["fn"]:  # Dynamo's own wrapper around a module of torch.nn
+        parts = parts[1:]
+    label = ".".join(p for p in parts if p not in hidden) or name
+    return f"args[{label}]" if label.isdigit() else label
 
 
 def _source_name(node: fx.Node) -> str | None:
@@ -118,7 +122,7 @@ class CaptureSettings:
     def __init__(self) -> None:
         named = (getattr(logging.Logger, name, None) for name in _LOGGING_METHODS)
         self._ignored = {method for method in named if method is not None} | {warnings.warn}
-        self._before: list[tuple[set[Any], int, int]] = []
+        self._before = threading.local()  # the settings are each thread's own, too
 
     def __enter__(self) -> None:
         config = torch._dynamo.config
@@ -127,7 +131,7 @@ class CaptureSettings:
             config.recompile_limit,
             config.accumulated_recompile_limit,
         )
-        self._before.append(before)
+        self._before.__dict__.setdefault("stack", []).append(before)
         config.ignore_logging_functions = before[0] | self._ignored
         config.recompile_limit = config.accumulated_recompile_limit = _MANY_SHAPES
 
@@ -137,4 +141,4 @@ class CaptureSettings:
             config.ignore_logging_functions,
             config.recompile_limit,
             config.accumulated_recompile_limit,
-        ) = self._before.pop()
+        ) = self._before.stack.pop()

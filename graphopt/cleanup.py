@@ -1,4 +1,4 @@
-"""What every captured program is freed of before passes see it: copies that nobody can tell apart.
+"""What every captured program is freed of before passes see it: copies and dependencies without effect.
 
 A dropout of probability zero, for one, is captured as a copy of its input. In a program that writes to
 none of its values, a copy with the layout of its source is the source.
@@ -12,15 +12,15 @@ from graphopt.program import Program, leaves, tensors_of
 Storage = tuple[fx.Node, int]
 
 
-def without_copies(program: Program) -> Program:
-    """`program` without copies that have their source's layout.
+def cleaned(program: Program) -> Program:
+    """`program` without copies that have their source's layout, and without arguments nobody reads.
 
     A copy stays where it or its source is an input or an output of the graph: there it keeps two
     tensors of the caller apart.
     """
-    if not any(_is_copy(node) for node in program.operators()):
-        return program
     result = program.copy()
+    for node in result.operators():
+        ops.drop_unread_arguments(node)
     storage = storages_of(result.graph)
     fixed = {s for o in result.outputs if isinstance(o, fx.Node) for s in storage[o]}
     fixed |= {s for n in result.graph.nodes if n.op in ("placeholder", "get_attr") for s in storage[n]}
@@ -37,6 +37,7 @@ def without_copies(program: Program) -> Program:
             if fixed.isdisjoint((*storage[node], *storage[source])):
                 node.replace_all_uses_with(source)
                 result.graph.erase_node(node)
+    result.graph.eliminate_dead_code()
     return result
 
 

@@ -59,7 +59,7 @@ _OVERWRITE: dict[Any, tuple[Any, tuple[int, ...], bool]] = {
 }
 
 # Operators that work row by row, and where their argument for the dimension stands.
-_BY_ROWS = {
+_BY_ROWS: dict[Any, int] = {
     aten._softmax.default: 1,
     aten._log_softmax.default: 1,
     aten._softmax_backward_data.default: 2,
@@ -163,6 +163,15 @@ def replay_form(node: fx.Node) -> tuple[Any, tuple[Any, ...], dict[str, Any]] | 
         args = (x, weight, bias, training, momentum, epsilon)
         return aten._native_batch_norm_legit.no_stats, args, {}
     return None
+
+
+def drop_unread_arguments(node: fx.Node) -> None:
+    """Take out of `node` the arguments that its kernel does not read.
+
+    The backward of a batch norm in training is given the running statistics, and uses the batch's.
+    """
+    if node.target is aten.native_batch_norm_backward.default and node.args[7] is True:
+        node.args = (*node.args[:3], None, None, *node.args[5:])
 
 
 def overwrite_positions(node: fx.Node) -> tuple[int, ...]:

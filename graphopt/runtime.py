@@ -10,9 +10,10 @@ from torch import fx
 from torch._dynamo.backends.common import aot_autograd
 
 from graphopt.capture import Frame, frame_of, program_of
-from graphopt.cleanup import without_copies
+from graphopt.cleanup import cleaned
 from graphopt.cost_models.costs import Costs
 from graphopt.cost_models.devices import Device
+from graphopt.errors import PlanError
 from graphopt.lower import boxed, overwrite_dead_operands
 from graphopt.numerics import compare_numerics
 from graphopt.passes.base import Pass
@@ -119,7 +120,7 @@ class _Graph:
         self, joint: fx.GraphModule, inputs: Any, *, num_fwd_outputs: int, **_: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         """AOTAutograd's partition function: plan, apply, split."""
-        full = without_copies(program_of(joint, num_fwd_outputs, self.frame))
+        full = cleaned(program_of(joint, num_fwd_outputs, self.frame))
         if self.frame.broken_at is None:
             self.unlikely = unlikely_tangents(full)
         program = without_gradients(full, self.unlikely) if self.unlikely else full
@@ -127,7 +128,14 @@ class _Graph:
         if not self.unlikely:
             saved = saved_nodes(planned)
             return forward_module(planned, saved), backward_module(planned, _names(saved))
-        replayed = self._replay_on(full)
+        try:
+            replayed = self._replay_on(full)
+        except PlanError:  # the other gradients need values that this plan neither keeps nor can make
+            self.log.records.pop()
+            self.unlikely = frozenset()
+            planned = self._run_passes(full)
+            saved = saved_nodes(planned)
+            return forward_module(planned, saved), backward_module(planned, _names(saved))
         names = set(_names(saved_nodes(planned))) | set(_names(saved_nodes(replayed)))
         saved = [n for n in replayed.graph.nodes if n.name in names]
         self.full_backward = backward_module(replayed, _names(saved))
@@ -170,7 +178,7 @@ class _Graph:
 
     def _forward_program(self, module: fx.GraphModule) -> Program:
         outputs = module.graph.output_node().args[0]
-        return without_copies(program_of(module, len(outputs), self.frame))  # type: ignore[arg-type]
+        return cleaned(program_of(module, len(outputs), self.frame))  # type: ignore[arg-type]
 
     def compile_forward(self, module: fx.GraphModule, _inputs: Sequence[Any]) -> Boxed:
         """The forward of a training step."""

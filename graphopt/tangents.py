@@ -64,7 +64,7 @@ def _drop_zero_terms(program: Program, node: fx.Node, zero: set[fx.Node]) -> Non
     """Take the zero operands out of `node`: x + 0 becomes x, any other zero is filled in."""
     left = [a for a in node.args[:2] if a not in zero]
     same = len(left) == 1 and isinstance(left[0], fx.Node) and _same_layout(left[0], node)
-    if node.target is ops.aten.add.Tensor and same:
+    if node.target is ops.aten.add.Tensor and same and (left[0] is node.args[0] or not node.kwargs):
         node.replace_all_uses_with(left[0])  # type: ignore[arg-type]
         program.graph.erase_node(node)
         return

@@ -2,6 +2,7 @@
 
 import copy
 import re
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from graphopt.capture import CaptureSettings, Frame, frame_of, program_of
-from graphopt.cleanup import without_copies
+from graphopt.cleanup import cleaned
 from graphopt.errors import TraceError
 from graphopt.program import Program
 
@@ -35,7 +36,7 @@ def trace(
     >>> import torch
     >>> model = torch.nn.Linear(4, 1, device="meta")
     >>> print(trace(lambda x: model(x).sum(), torch.ones(3, 4)))
-    Program(joint forward and backward: 11 operators; 2 parameters, 1 inputs, 1 tangents)
+    Program(joint forward and backward: 10 operators; 2 parameters, 1 inputs, 1 tangents)
     """
     programs = capture(model, example_inputs, training=training, fullgraph=True)
     if not programs:
@@ -51,6 +52,8 @@ def capture(
     fullgraph: bool = False,
 ) -> list[Program]:
     """The Programs of every graph that one call of `model` runs, in order; see `trace`."""
+    if not callable(model):
+        raise TraceError(f"trace takes a module or a function, not {type(model).__name__}")
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     faked = _Faker(mode)
     args, kwargs = _arguments(example_inputs)
@@ -101,7 +104,7 @@ def _keep(
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
     from torch._functorch.partitioners import default_partition
 
-    programs.append(without_copies(program_of(joint, num_fwd_outputs, frame).copy()))
+    programs.append(cleaned(program_of(joint, num_fwd_outputs, frame).copy()))
     if only_one:
         raise _Captured
     return default_partition(joint, inputs, num_fwd_outputs=num_fwd_outputs, **options)
@@ -112,7 +115,7 @@ def _keep_forward(
 ) -> Callable[..., Any]:
     outputs = module.graph.output_node().args[0]
     program = program_of(module, len(outputs), frame)  # type: ignore[arg-type]
-    programs.append(without_copies(program.copy()))
+    programs.append(cleaned(program.copy()))
     if only_one:
         raise _Captured
     return _boxed_interpreter(module, ())
@@ -142,6 +145,8 @@ class _Faker:
                 fake = torch.empty_strided(
                     tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device
                 )
+            if tensor.requires_grad and not isinstance(tensor, nn.Parameter):
+                fake.requires_grad_()
             if isinstance(tensor, nn.Parameter):
                 fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
             self.memo[id(tensor)] = fake
@@ -152,10 +157,7 @@ class _Faker:
         """`model` on fake tensors: a module's copy, or a function whose modules are copied."""
         if isinstance(model, nn.Module):
             return self.module(model).forward
-        for cell in getattr(model, "__closure__", None) or ():
-            if isinstance(cell.cell_contents, nn.Module):
-                return self._function(model)
-        return model
+        return self._function(model) if isinstance(model, types.FunctionType) else model
 
     def module(self, model: nn.Module) -> nn.Module:
         """A copy of `model` whose parameters and buffers are fake."""
@@ -163,16 +165,28 @@ class _Faker:
             self.tensor(tensor)
         return copy.deepcopy(model, dict(self.memo))
 
-    def _function(self, function: Any) -> Callable[..., Any]:
-        import types
-
+    def _function(self, function: types.FunctionType) -> Callable[..., Any]:
+        """A copy of `function` that sees fake copies of the modules it names."""
         cells = tuple(
-            types.CellType(self.module(c.cell_contents)) if isinstance(c.cell_contents, nn.Module) else c
-            for c in function.__closure__
+            types.CellType(self.module(c.cell_contents)) if _holds_module(c) else c
+            for c in function.__closure__ or ()
         )
-        return types.FunctionType(
-            function.__code__, function.__globals__, function.__name__, function.__defaults__, cells
+        names = function.__code__.co_names
+        modules = {n: function.__globals__.get(n) for n in names}
+        fakes = {n: self.module(m) for n, m in modules.items() if isinstance(m, nn.Module)}
+        scope = {**function.__globals__, **fakes} if fakes else function.__globals__
+        copied = types.FunctionType(
+            function.__code__, scope, function.__name__, function.__defaults__, cells or None
         )
+        copied.__kwdefaults__ = function.__kwdefaults__
+        return copied
+
+
+def _holds_module(cell: types.CellType) -> bool:
+    try:
+        return isinstance(cell.cell_contents, nn.Module)
+    except ValueError:  # an empty cell
+        return False
 
 
 def _arguments(example_inputs: Examples) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -17,8 +17,8 @@ from graphopt.passes.chain_solver import Chain, Choice
 from graphopt.passes.segments import deep_reads
 
 LIGHT_SHARE = 0.01  # of the step's time: what recomputation may cost where no budget is given
-ROUNDS = 4  # searches with a tightened limit, where the sum over spans missed the true peak
 BISECTIONS = 10
+NARROW = 0.002  # of the budget: where a bisection of limits ends
 LOWERINGS = 6  # kept values given up one by one, each the best of some candidates
 CANDIDATES = 12
 
@@ -106,16 +106,26 @@ def choose(flow: Dataflow, least: bool, budget_bytes: int | None, search: Search
 
 
 def _within(flow: Dataflow, chain: Chain, budget_bytes: int, repeat: bool) -> Choice:
-    limit = budget_bytes - flow.static_bytes
-    for _ in range(ROUNDS):
-        choice = chain.within(limit)
-        if choice is None:
+    """The fastest choice whose true peak fits; where the sum over spans misses it, by bisection."""
+    least = chain.least_peak()
+    low, limit = least.peak_bytes, budget_bytes - flow.static_bytes
+    high = limit
+    fitting: Choice | None = None
+    for _ in range(BISECTIONS):
+        found = chain.within(limit)
+        choice = None if found is None else pruned(flow, found)
+        if choice is not None and _fits(flow, choice, budget_bytes):
+            if fitting is None or choice.seconds < fitting.seconds:
+                fitting = choice
+            low = limit
+        else:
+            high = limit
+        if high - low <= NARROW * budget_bytes or low >= budget_bytes - flow.static_bytes:
             break
-        excess = flow.static_bytes + step_of(flow, choice).peak_bytes - budget_bytes
-        if excess <= 0:
-            return choice
-        limit -= excess
-    best = lowered(flow, chain.least_peak(), repeat)
+        limit = (low + high) // 2
+    if fitting is not None:
+        return fitting
+    best = lowered(flow, pruned(flow, least), repeat)
     reachable = flow.static_bytes + step_of(flow, best).peak_bytes
     if reachable <= budget_bytes:
         return best
@@ -125,6 +135,10 @@ def _within(flow: Dataflow, chain: Chain, budget_bytes: int, repeat: bool) -> Ch
         "are parameters, buffers and inputs",
         reachable_bytes=reachable,
     )
+
+
+def _fits(flow: Dataflow, choice: Choice, budget_bytes: int) -> bool:
+    return flow.static_bytes + step_of(flow, choice).peak_bytes <= budget_bytes
 
 
 def _light(flow: Dataflow, chain: Chain) -> Choice:

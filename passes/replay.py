@@ -75,7 +75,8 @@ class _Replay:
             if node.op == "output" or node.name in self.flow.late:
                 continue
             values = self.flow.value_of[node.name]
-            if len(values) == 1 and values[0] in self.keep:
+            is_tensor = isinstance(node.meta.get("val"), torch.Tensor)
+            if is_tensor and len(values) == 1 and values[0] in self.keep:
                 found.setdefault(values[0], node)
         return found
 

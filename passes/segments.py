@@ -120,7 +120,7 @@ def _cuts(width: np.ndarray) -> list[int]:
             highest = t
         elif RISE * width[t] < width[highest]:
             falling, lowest = True, t
-    return [*cuts, end] if end > cuts[-1] else cuts
+    return [*cuts, end] if end > cuts[-1] or len(cuts) == 1 else cuts
 
 
 def _crossing(flow: Dataflow, last: dict[int, int], cuts: Sequence[int]) -> list[frozenset[int]]:

@@ -14,7 +14,6 @@ settings.register_profile("explore", relaxed, max_examples=2000)
 settings.load_profile("same")  # pytest --hypothesis-profile=explore for more
 sys.path.append(str(Path(__file__).with_name("helpers")))
 torch.set_num_threads(1)  # for tiny tensors, threads on shared cores wait for one another
-logging.getLogger("torch.__trace").propagate = False  # thousands of lines below each failure
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -25,3 +24,4 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def _fresh_start() -> None:
     torch.manual_seed(0)
     torch._dynamo.reset()
+    logging.getLogger("torch.__trace").propagate = False  # thousands of lines below each failure

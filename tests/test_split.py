@@ -116,7 +116,7 @@ def test_a_tensor_that_is_not_saved_is_named() -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_recomputation_is_part_of_the_backward(seed: int) -> None:
-    program, model, inputs = traced("u-net")
+    program, _model, _inputs = traced("u-net")
     pass_ = Drawn(seed=seed)
     costs = Costs.of(program, get_device("cpu-generic"))
     planned = pass_.apply(program, pass_.plan(program, costs))

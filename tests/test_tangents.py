@@ -156,10 +156,6 @@ class Scaled(torch.autograd.Function):
         return both, both
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="_drop_zero_terms replaces add(0, x, alpha=2) by x: a factor of 2 is lost silently",
-)
 def test_a_sum_with_a_factor_keeps_the_factor() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:

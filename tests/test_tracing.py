@@ -121,11 +121,6 @@ def test_frozen_parameters_have_no_gradient() -> None:
     assert not trace(model.requires_grad_(False), torch.ones(3, 4)).is_joint
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="_Faker.tensor drops requires_grad of what is no Parameter: example inputs that require "
-    "grad are traced as if they did not",
-)
 def test_an_input_that_requires_grad_gets_a_gradient() -> None:
     program = trace(lambda x: x.exp().sum(), torch.ones(3).requires_grad_())
     assert program.is_joint
@@ -175,11 +170,6 @@ def test_what_cannot_be_traced(model: object, examples: object, message: str) ->
     assert trace(nn.Linear(4, 2), torch.ones(3, 4)).is_joint  # and the next is not disturbed
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="trace() does not check that it got a callable: Dynamo's AssertionError comes through",
-)
 def test_what_is_no_model_is_refused() -> None:
     with pytest.raises(TraceError, match="int"):
         trace(5, torch.ones(1))  # type: ignore[arg-type]

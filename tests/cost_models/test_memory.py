@@ -54,14 +54,14 @@ PASSES = {
 
 
 @pytest.mark.parametrize("plan", PASSES)
-@pytest.mark.parametrize("name", ["perceptron", "residual", "views", "dropouts"])
+@pytest.mark.parametrize("name", ["perceptron", "residual", "views"])
 def test_the_predicted_peak_is_the_measured_one(name: str, plan: str) -> None:
     model, inputs = MODELS[name]()
     predicted, measured = predicted_and_measured(model, inputs, PASSES[plan])
     assert close(predicted, measured), f"{predicted} predicted, {measured} measured"
 
 
-@pytest.mark.parametrize("name", sorted(set(MODELS) - {"perceptron", "residual", "views"}))
+@pytest.mark.parametrize("name", sorted(set(MODELS) - {"perceptron", "residual", "views", "dropouts"}))
 def test_the_least_predicted_peak_is_the_measured_one(name: str) -> None:
     model, inputs = MODELS[name]()
     predicted, measured = predicted_and_measured(model, inputs, PASSES["min"])

@@ -62,6 +62,16 @@ def test_batch_norm_backward_is_exact(traced) -> None:
         assert bool(predicted) == (grad is x)
 
 
+@pytest.fixture
+def two_threads():
+    """With one thread oneDNN computes some convolutions in the plain layout, without scratch."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="a layout of oneDNN's own")
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("kernel", [1, 3])

@@ -85,11 +85,6 @@ def test_what_is_impossible_is_refused_with_what_is_possible(flow: Dataflow, sha
     assert naive_step(flow, again.keep, again.ephemeral)[0] <= reachable - flow.static_bytes
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="_within weighs choices that are not pruned yet, the least one too: reachable_bytes counts "
-    "kept values that nobody reads, and budgets that memory='min' meets are refused",
-)
 def test_what_is_possible_is_what_min_reaches() -> None:
     build = FlowBuilder()
     x = build.static(100)

@@ -98,6 +98,6 @@ def test_an_error_of_planning_comes_as_it_is() -> None:
         def plan(self, program: Program, costs: Costs) -> CountPlan:
             raise PlanError("too small", reachable_bytes=7)
 
-    with pytest.raises(PlanError, match="^too small$") as caught:
+    with pytest.raises(PlanError, match=r"^too small$") as caught:
         run_passes(traced("perceptron")[0], (Never([], "only"),), costs_of, lambda: 0.0)
     assert caught.value.reachable_bytes == 7

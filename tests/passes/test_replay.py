@@ -61,13 +61,6 @@ def test_keeping_nothing_makes_everything_again(name: str, ephemeral: bool) -> N
     assert_equal(run_split(planned, values), run_joint(program, values))
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=IndexError,
-    reason="the backward of batch norm reads the new running statistics (results 3 and 4 of "
-    "_native_batch_norm_legit_functional), which its replay form (no_stats) does not make: memory="
-    "'min' on a convnet with BatchNorm raises IndexError",
-)
 def test_a_batch_norm_is_made_again() -> None:
     program, model, inputs = traced("convolutions")
     values = arguments(program, model, inputs)

@@ -103,14 +103,10 @@ def test_a_value_that_the_backward_reads_far_away_is_pinned() -> None:
     assert cut.pinned in ({wide}, {wide2})
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=ValueError,
-    reason="_assign takes the argmin of no spans where the forward is views alone (a graph that "
-    "follows a break and ends in a reshape)",
-)
 def test_a_forward_without_operators() -> None:
     build = FlowBuilder()
     x = build.static(10)
     gradient = build.operator([x], [10], backward=True)
-    check(flow := build.flow([x], gradient), spans(flow))
+    flow = build.flow([x], gradient)
+    cut = spans(flow)
+    assert cut.cuts == (0, 0) and cut.anchors == ((0,),) and not cut.pinned
