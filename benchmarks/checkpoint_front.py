@@ -8,6 +8,7 @@ interleaved steps against eager. Results of models that are not named are kept.
 """
 
 import argparse
+import re
 import time
 from typing import Any
 
@@ -90,7 +91,7 @@ def timed(model: Any, module: Any, batch: Any, rounds: int) -> dict[str, Any]:
     return {"time": vars(ratio)}
 
 
-def worker(name: str, quick: bool, rounds: int) -> dict[str, Any]:
+def worker(name: str, quick: bool, rounds: int, wanted: str) -> dict[str, Any]:
     """All points of one model."""
     setup()
     model, batch = build(name)
@@ -106,14 +107,14 @@ def worker(name: str, quick: bool, rounds: int) -> dict[str, Any]:
 
     begin = time.perf_counter()
     keep(peer_point(Peer(), model, batch, total, 0))
-    for peer in peers(quick):
+    for peer in (p for p in peers(quick) if re.fullmatch(wanted, str(p))):
         few = 0 if quick and peer.kind == "partitioner" else rounds
         keep(peer_point(peer, model, batch, total, few))
     theirs = [p for p in points if "peak" in p]
     first = keep(our_point("graphopt", model, batch, rounds))
     keep(our_point("graphopt min", model, batch, rounds, memory="min"))
     keep(our_point("graphopt activations min", model, batch, rounds, activations="min"))
-    if compiles_with_inductor():
+    if compiles_with_inductor() and re.fullmatch(wanted, "inductor + checkpoint"):
         for label, options in (("", {}), (" min", {"memory": "min"})):
             label = f"graphopt inductor{label}"
             keep(our_point(label, model, batch, rounds, compiler="inductor", **options))
@@ -122,7 +123,8 @@ def worker(name: str, quick: bool, rounds: int) -> dict[str, Any]:
             budget = first["static_bytes"] + peak
             point = keep(our_point(f"graphopt at {peak / 1e6:.1f} MB", model, batch, 0, memory=budget))
             point["peer_peak"] = peak
-    return {"eager_flops": total, "points": points, "environment": environment(), "quick": quick}
+    found = {"eager_flops": total, "points": points, "environment": environment()}
+    return found | {"quick": quick, "peers": wanted}
 
 
 def compiles_with_inductor() -> bool:
@@ -160,7 +162,8 @@ def _both(module: Any, batch: Any) -> dict[str, Any]:
 def one_model(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Every point of one model, and the check against resident memory."""
     flags = ["--quick"] if options.quick else []
-    found = spawned(__file__, ["--worker", name, "--rounds", str(options.rounds), *flags])
+    flags += ["--rounds", str(options.rounds), "--peers", options.peers]
+    found = spawned(__file__, ["--worker", name, *flags])
     low = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     found["resident"] = {
         label: spawned(__file__, ["--worker", name, "--resident", label], low) for label in RESIDENT
@@ -174,6 +177,7 @@ def main() -> None:
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--quick", action="store_true", help="fewer solvers, no Inductor budgets")
     parser.add_argument("--rounds", type=int, default=0, help="timed pairs of steps per point")
+    parser.add_argument("--peers", default=".*", help="only those whose whole label this matches")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--resident", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -182,7 +186,7 @@ def main() -> None:
         found = (
             resident(options.worker, options.resident)
             if options.resident
-            else worker(options.worker, options.quick, options.rounds)
+            else worker(options.worker, options.quick, options.rounds, options.peers)
         )
         answer(found)
         return

@@ -5,6 +5,8 @@ them. Where only the loss is differentiated, autograd would fill the others with
 the tensors, and add them. `without_gradients` removes those terms.
 """
 
+from typing import Any
+
 from torch import fx
 
 from graphopt import ops
@@ -41,9 +43,9 @@ def without_gradients(program: Program, tangents: frozenset[str]) -> Program:
         else:
             _drop_zero_terms(result, node, zero)
     output = result.graph.output_node()
-    for node in list(output.all_input_nodes):
-        if node in zero:
-            output.replace_input_with(node, _zeros(result, node, before=output))
+    results: Any = output.args[0]  # a gradient that is zero is none at all, as in eager mode
+    if not zero.isdisjoint(output.all_input_nodes):
+        output.args = (tuple(None if r in zero else r for r in results),)
     result.graph.eliminate_dead_code()
     return result
 

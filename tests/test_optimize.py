@@ -1,9 +1,12 @@
 """An optimized model is the model: same results, same parts, in every mode; and what is refused."""
 
 import copy
+import gc
+import inspect
 import io
 import pickle
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -11,10 +14,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from eager_steps import assert_same, recomputed, records, step, twin
-from tiny_models import MODELS, Convolutions, Perceptron, Residual
+from tiny_models import MODELS, Convolutions, CrossAttention, Perceptron, Residual
 from torch import nn
 
-import graphopt
+import graphopt.zoo
 from graphopt import Checkpoint, GraphoptError, PlanError, TraceError, optimize
 from graphopt.api import OptimizedModule
 
@@ -176,6 +179,102 @@ def test_arguments_of_every_kind() -> None:
     ):
         want = step(model, {"x": X}, *args, **kwargs)
         assert_same(step(optimized, {"x": X}, *args, **kwargs), want)
+
+
+class Net(nn.Module):
+    """Three layers and a function of them and the inputs."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(32, 32) for _ in range(3))
+        self.function = function
+
+    def forward(self, *args: torch.Tensor) -> Any:
+        return self.function(*self.layers, *args)
+
+
+@torch.library.custom_op("graphopt_tests::sine", mutates_args=())
+def sine(x: torch.Tensor) -> torch.Tensor:
+    return x.sin()
+
+
+sine.register_fake(torch.empty_like)
+sine.register_autograd(
+    lambda ctx, gradient: gradient * ctx.saved_tensors[0].cos(),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
+
+
+@torch.library.custom_op("graphopt_tests::increment", mutates_args=("x",))
+def increment(x: torch.Tensor) -> None:
+    x.add_(1)
+
+
+def with_custom_operators(a: nn.Module, b: nn.Module, c: nn.Module, x: torch.Tensor) -> Any:
+    h = sine(a(x))
+    gate = h.detach().clone()
+    increment(gate)
+    return c(sine(b(h) * gate)).tanh()
+
+
+def without_grad_inside(a: nn.Module, b: nn.Module, c: nn.Module, x: torch.Tensor) -> Any:
+    h = a(x).tanh()
+    with torch.no_grad():
+        weight = b(h).exp()
+    return c(h * weight).sigmoid() * h.detach()
+
+
+def indexed(a: nn.Module, b: nn.Module, c: nn.Module, x: torch.Tensor) -> Any:
+    where = torch.arange(48) % 5
+    pooled = torch.zeros(5, 32).index_add(0, where, a(x).tanh())
+    h = b(x).clone()
+    h[where > 2] = 0
+    h.index_put_((where,), c(pooled)[where].exp(), accumulate=True)
+    return h.scatter_add(0, where[:, None].expand(48, 32), x).sigmoid() @ pooled.t()
+
+
+def branching(a: nn.Module, b: nn.Module, c: nn.Module, x: torch.Tensor) -> Any:
+    h = torch.cond(x.sum() > 0, lambda t: t.sin(), lambda t: t.cos(), (a(x).tanh(),))
+    return c(b(h).exp()).sigmoid()
+
+
+def data_dependent(a: nn.Module, b: nn.Module, c: nn.Module, x: torch.Tensor) -> Any:
+    h = a(x).tanh()
+    return c(b(h[x[:, 0] > 0]).exp()).sigmoid()  # breaks the graph
+
+
+ODD: dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...]]] = {
+    "custom operators": (with_custom_operators, (X,)),
+    "no_grad inside": (without_grad_inside, (X,)),
+    "indices": (indexed, (X,)),
+    "a branch": (branching, (X,)),
+    "sizes of data": (data_dependent, (X,)),
+    "an input twice": (lambda a, b, c, x, y: c(a(x).tanh() * b(y).exp()), (X, X)),
+    "views of one input": (lambda a, b, c, x, y: c(a(x).tanh() * b(y).exp()), (X[:40], X[4:44])),
+    "a transposed input": (lambda a, b, c, x: c(b(a(x).tanh()).exp()), (X.reshape(32, 48).t(),)),
+    "an expanded input": (lambda a, b, c, x: c(b(a(x).tanh()).exp()), (X[:1].expand(48, 32),)),
+    "an empty input": (lambda a, b, c, x: c(b(a(x).tanh()).exp()), (X[:0],)),
+    "a parameter returned": (lambda a, b, c, x: (a.weight, c(b(a(x).tanh()).exp())), (X,)),
+    "a result twice": (lambda a, b, c, x: (lambda y: (y, y))(c(b(a(x).tanh()).exp())), (X,)),
+    "an unused layer": (lambda a, b, c, x: b(a(x).tanh()).exp(), (X,)),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_models(name: str) -> None:
+    function, inputs = ODD[name]
+    twin(Net(function), *inputs)
+
+
+def test_parametrizations_that_update_buffers() -> None:
+    parametrizations = nn.utils.parametrizations
+    model = nn.Sequential(
+        parametrizations.spectral_norm(nn.Linear(32, 32)),
+        nn.Tanh(),
+        parametrizations.weight_norm(nn.Linear(32, 32)),
+        nn.Sigmoid(),
+    )
+    twin(model, X, steps=3)
 
 
 # --- what it returns ---------------------------------------------------------------------------
@@ -504,6 +603,82 @@ def test_calls_from_threads() -> None:
     for thread in threads:
         thread.join()
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_its_forward_has_the_signature_of_the_models() -> None:
+    """Trainers read the names of the arguments from it."""
+    model = CrossAttention()
+    assert inspect.signature(small(model).forward) == inspect.signature(model.forward)
+
+
+def test_with_other_parameters_and_function_transforms() -> None:
+    model = Residual()
+    optimized = small(copy.deepcopy(model))
+    other = {k: (v + 1).detach().requires_grad_() for k, v in model.named_parameters()}
+    call = torch.func.functional_call
+    gradients = [
+        torch.autograd.grad(call(net, other, (X,)).sum(), list(other.values()))
+        for net in (model, optimized)
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    plain = {k: v.detach() for k, v in other.items()}
+    by_func = torch.func.grad(lambda p: call(optimized, p, (X,)).sum())(plain)
+    for a, b in zip(by_func.values(), gradients[0], strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_hooks_on_saved_tensors_see_only_what_is_kept() -> None:
+    model = Perceptron(6)
+    counts = []
+    for memory in (1.0, "min"):
+        optimized = small(copy.deepcopy(model), memory=memory)
+        saved: list[int] = []
+
+        def pack(tensor: torch.Tensor, saved: list[int] = saved) -> torch.Tensor:
+            saved.append(tensor.nbytes)
+            return tensor.clone()
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            got = step(optimized, X)
+        assert_same(got, step(model, X))
+        counts.append(sum(saved))
+    assert counts[1] < counts[0]
+
+
+def test_generation_with_changing_lengths() -> None:
+    pytest.importorskip("transformers")
+    model = graphopt.zoo.build("gpt2", overrides={"n_layer": 1}).eval()
+    ids = torch.randint(5, 100, (1, 4))
+    options = {"max_new_tokens": 3, "do_sample": False}
+    assert torch.equal(small(model).generate(ids, **options), model.generate(ids, **options))
+
+
+@pytest.mark.xfail(
+    strict=True,
+    reason="Log.module is a strong reference: Dynamo's cache holds backend, log and model, so that "
+    "parameters live until torch._dynamo.reset(); with torch.compile alone they die with the model",
+)
+def test_a_model_that_nobody_holds_is_freed() -> None:
+    model = Residual()
+    optimized = small(model)
+    step(optimized, X)
+    weight = weakref.ref(model.layers[0].weight)
+    del model, optimized
+    gc.collect()
+    assert weight() is None
+
+
+@pytest.mark.xfail(
+    strict=True,
+    reason="nn.Module.compile() leaves _compiled_call_impl in the shared __dict__, and calls of the "
+    "optimized model go there: nothing is planned, and nothing says so",
+)
+def test_a_model_that_was_compiled_in_place_is_optimized() -> None:
+    model = Residual()
+    model.compile(backend="eager")
+    optimized = small(model)
+    optimized(X)
+    assert len(records(optimized)) == 1
 
 
 # --- functions and losses ----------------------------------------------------------------------

@@ -10,7 +10,7 @@ from eager_steps import assert_same, recomputed, records, step, twin
 from tiny_models import CrossAttention, Dropouts, Perceptron, Residual, SharedBlock
 from torch import nn
 
-from graphopt import optimize, zoo
+from graphopt import measure, optimize, zoo
 from graphopt.cost_models.memory import dataflow
 from graphopt.passes.checkpoint_choice import everything
 
@@ -180,13 +180,39 @@ class Beside(nn.Module):
         return {"loss": logits.logsumexp(-1).mean(), "logits": logits, "other": self.other(h)}
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="a parameter that only outputs without a gradient depend on gets zeros from the usual "
-    "backward, where eager leaves None: optimizers then decay it and count its steps",
-)
 def test_a_parameter_that_the_loss_does_not_need_gets_no_gradient() -> None:
     twin(Beside(), X, loss=lambda output: output["loss"])
+
+
+@pytest.mark.xfail(
+    strict=True,
+    reason="outputs beside a scalar are planned as if no gradient came back for them; where one does "
+    "(a model that returns logits and an auxiliary loss), every step runs the full backward, which "
+    "no plan looked at: memory='min' saves nothing, and the predicted peak is wrong",
+)
+def test_the_budget_holds_where_the_loss_is_computed_outside() -> None:
+    class Routed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.router = Perceptron(8), nn.Linear(32, 4)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return self.body(x), self.router(x).softmax(-1).mean(0).square().sum()
+
+    x = torch.randn(2048, 32)
+    peaks = []
+    for memory in (1.0, "min"):
+        optimized = small(Routed(), memory=memory)
+
+        def run(optimized: Any = optimized) -> None:
+            logits, auxiliary = optimized(x)
+            (logits.square().mean() + auxiliary).backward()
+
+        for _ in range(2):
+            run()
+            optimized.zero_grad(set_to_none=True)
+        peaks.append(measure(run).peak_bytes)
+    assert peaks[1] < 0.8 * peaks[0]
 
 
 def test_backward_from_the_loss_the_logits_or_both() -> None:
