@@ -6,6 +6,7 @@ storages (`values`) they read and write. Views vanish into the storage they look
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import fx
@@ -66,6 +67,22 @@ class Dataflow:
     outputs: tuple[int, ...]
     gradients: tuple[int, ...]
     static_bytes: int
+
+    @cached_property
+    def own_reads(self) -> tuple[tuple[int, ...], ...]:
+        """For each operator, what it reads of what the step makes."""
+        own = [v.producer != NO_PRODUCER for v in self.values]
+        return tuple(tuple(v for v in o.reads if own[v]) for o in self.operators)
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """The bytes of each value."""
+        return tuple(v.nbytes for v in self.values)
+
+    @cached_property
+    def states(self) -> frozenset[int]:
+        """The values that hold states of a generator."""
+        return frozenset(o.state for o in self.operators if o.state is not None)
 
     @property
     def forward(self) -> range:

@@ -8,7 +8,7 @@ Every forward value has one of three labels. A *kept* value stays from the forwa
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from graphopt.cost_models.memory import NO_PRODUCER, Dataflow
+from graphopt.cost_models.memory import Dataflow, Operator
 
 
 @dataclass(frozen=True)
@@ -72,13 +72,13 @@ def backward_steps(
     live = set(keep)
     steps: list[Step] = []
     for anchor in order:
-        operator = flow.operators[anchor]
+        writes = flow.operators[anchor].writes
         dropped: list[int] = []
-        for value in operator.reads:
+        for value in flow.own_reads[anchor]:
             if value not in live:
                 _recompute(flow, value, live, ephemeral, steps, dropped)
-        steps.append(Step(anchor, operator.writes))
-        live.update(operator.writes)
+        steps.append(Step(anchor, writes))
+        live.update(writes)
         live.difference_update(dropped)
     return steps
 
@@ -93,24 +93,21 @@ def _recompute(
 ) -> None:
     """Append the steps that make `value` from live values, depth first."""
     producer = flow.values[value].producer
-    if producer == NO_PRODUCER:
-        return
-    stack: list[tuple[int, Iterator[int]]] = [(producer, iter(flow.operators[producer].reads))]
+    stack: list[tuple[int, Iterator[int]]] = [(producer, iter(flow.own_reads[producer]))]
     while stack:
         index, reads = stack[-1]
-        source = next(
-            (r for r in reads if r not in live and flow.values[r].producer != NO_PRODUCER), None
-        )
-        if source is not None:
-            below = flow.values[source].producer
-            stack.append((below, iter(flow.operators[below].reads)))
-            continue
-        stack.pop()
-        made = tuple(w for w in flow.operators[index].writes if w not in live)
-        if made:
-            steps.append(Step(index, made))
-            live.update(made)
-            dropped.extend(w for w in made if w in ephemeral)
+        for source in reads:
+            if source not in live:
+                below = flow.values[source].producer
+                stack.append((below, iter(flow.own_reads[below])))
+                break
+        else:
+            stack.pop()
+            made = tuple([w for w in flow.operators[index].writes if w not in live])
+            if made:
+                steps.append(Step(index, made))
+                live.update(made)
+                dropped.extend([w for w in made if w in ephemeral])
 
 
 def simulate(
@@ -125,47 +122,66 @@ def simulate(
     Values are freed after their last read; an operator that is the last to read a value of its own
     result's layout, made by one of the steps or in `owned`, writes over it.
     """
-    deaths = _deaths(flow, steps, frozenset(start), end)
-    values, operators = flow.values, flow.operators
+    begin = frozenset(start)
+    deaths = _deaths(flow, steps, begin, end)
+    sizes, operators = flow.sizes, flow.operators
     mine = set(owned)
-    replayed = {o.state for o in operators if o.state is not None} & set(start)
-    live = sum(values[v].nbytes for v in start)
+    replayed = flow.states & begin
+    live = sum([sizes[v] for v in begin])
     during, after, reused = [], [], []
     for step, (dying, unused) in zip(steps, deaths, strict=True):
         operator = operators[step.operator]
-        over = next((v for v in operator.reusable if v in dying and v in mine), None)
-        made = sum(values[v].nbytes for v in step.makes)
-        # A replay puts the generator's present state aside while it runs.
-        saved = values[operator.state].nbytes if operator.state in replayed else 0
-        if over is None or len(operator.writes) != 1 or not step.makes:
-            over = None
-            again = sum(values[v].nbytes for v in operator.writes if v not in step.makes)
-            during.append(live + made + again + operator.workspace_bytes + saved)
-        else:
-            during.append(live + operator.workspace_bytes + saved)
-        live += made - sum(values[v].nbytes for v in dying) - sum(values[v].nbytes for v in unused)
+        height = live + operator.workspace_bytes
+        if operator.state in replayed:  # a replay puts the generator's present state aside
+            height += sizes[operator.state]  # type: ignore[index]
+        made = sum([sizes[v] for v in step.makes])
+        over = _written_over(operator, step, dying, mine)
+        if over is None:
+            height += made
+            if step.makes != operator.writes:  # other results are made a second time
+                height += sum([sizes[v] for v in operator.writes if v not in step.makes])
+        live += made
+        for value in dying:
+            live -= sizes[value]
+        for value in unused:
+            live -= sizes[value]
         mine.update(step.makes)
         mine.difference_update(dying)
+        during.append(height)
         after.append(live)
         reused.append(over)
-    reads = tuple(tuple(sorted(dying)) for dying, _ in deaths)
+    reads = tuple([dying for dying, _ in deaths])
     return Timeline(tuple(steps), tuple(during), tuple(after), tuple(reused), reads)
+
+
+def _written_over(
+    operator: Operator, step: Step, dying: Collection[int], mine: Collection[int]
+) -> int | None:
+    """The value that the operator writes its one result over, if it may."""
+    if not operator.reusable or len(operator.writes) != 1 or not step.makes:
+        return None
+    for value in operator.reusable:
+        if value in dying and value in mine:
+            return value
+    return None
 
 
 def _deaths(
     flow: Dataflow, steps: Sequence[Step], start: frozenset[int], end: Collection[int]
-) -> list[tuple[frozenset[int], tuple[int, ...]]]:
+) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
     """For each step: the values it is the last to read, and those it makes that nobody reads."""
     needed = set(end)
-    found: list[tuple[frozenset[int], tuple[int, ...]]] = []
+    replayed = flow.states & start
+    found: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
     for step in reversed(steps):
-        operator = flow.operators[step.operator]
-        unused = tuple(v for v in step.makes if v not in needed)
-        needed.difference_update(step.makes)
-        reads = operator.reads
-        if operator.state is not None and operator.state in start:  # a replay reads the saved state
-            reads = (*reads, operator.state)
-        dying = frozenset(v for v in reads if v not in needed and flow.values[v].producer != NO_PRODUCER)
+        makes = step.makes
+        unused = () if needed.issuperset(makes) else tuple([v for v in makes if v not in needed])
+        needed.difference_update(makes)
+        reads = flow.own_reads[step.operator]
+        if replayed:  # a replay reads the saved state
+            state = flow.operators[step.operator].state
+            reads = (*reads, state) if state in replayed else reads  # type: ignore[assignment]
+        dying = tuple([v for v in reads if v not in needed])
         needed.update(reads)
         found.append((dying, unused))
     found.reverse()

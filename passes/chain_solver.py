@@ -15,7 +15,7 @@ import numpy as np
 from graphopt.cost_models.memory import Dataflow
 from graphopt.passes.local_problem import LocalProblem, Placed, Surroundings, place
 from graphopt.passes.segments import Spans, spans
-from graphopt.passes.span_options import Labels, Option, options
+from graphopt.passes.span_options import ANY, Freedom, Labels, Option, options
 
 MERGE = 2  # the most adjacent spans that are recomputed as one
 STATES = 256  # the most partial choices kept at a cut
@@ -33,10 +33,14 @@ class Run:
 
 @dataclass(frozen=True)
 class Choice:
-    """Labels for the whole dataflow: the values kept, and those recomputed for each use."""
+    """Labels for the whole dataflow: the values kept, and those recomputed for each use.
+
+    `order` are the operators of the backward that run once, in the order in which they do.
+    """
 
     keep: frozenset[int]
     ephemeral: frozenset[int]
+    order: tuple[int, ...]
     seconds: float
     peak_bytes: int
 
@@ -44,9 +48,9 @@ class Choice:
 class _RunSolver:
     """Finds the options of runs; equal runs are solved once."""
 
-    def __init__(self, world: Surroundings, repeat: bool) -> None:
+    def __init__(self, world: Surroundings, freedom: Freedom) -> None:
         self.world = world
-        self.repeat = repeat
+        self.freedom = freedom
         self.solved: dict[LocalProblem, tuple[Option, ...]] = {}
 
     def run(self, first: int, stop: int) -> Run:
@@ -54,7 +58,7 @@ class _RunSolver:
         placed = place(self.world, first, stop)
         if placed.problem not in self.solved:
             seeds = self._seeds(first, stop, placed) if stop - first > 1 else ()
-            self.solved[placed.problem] = options(placed.problem, self.repeat, seeds)
+            self.solved[placed.problem] = options(placed.problem, self.freedom, seeds)
         return Run(first, stop, placed, self.solved[placed.problem])
 
     def _seeds(self, first: int, stop: int, placed: Placed) -> Iterator[Labels]:
@@ -63,13 +67,16 @@ class _RunSolver:
         number = {value: local for local, value in enumerate(placed.values)}
         between = {v for k in range(first + 1, stop) for v in self.world.spans.crossing[k]}
         for wish in (_peak, _kept, _time):
-            best = [(part.placed.values, min(part.options, key=wish)) for part in parts]
+            tried = [(part, min(part.options, key=wish)) for part in parts]
+            best = [(part.placed.values, option) for part, option in tried]
             keep = {number[values[v]] for values, option in best for v in option.keep}
             ephemeral = {number[values[v]] for values, option in best for v in option.ephemeral}
             inner = {number[v] for v in between if v in number}
-            yield frozenset(keep | inner), frozenset(ephemeral)
-            yield frozenset(keep - inner), frozenset(ephemeral)
-            yield frozenset(keep - inner), frozenset(ephemeral | inner)
+            local = {index: k for k, index in enumerate(placed.operators)}
+            order = tuple(local[p.placed.operators[a]] for p, o in reversed(tried) for a in o.order)
+            yield frozenset(keep | inner), frozenset(ephemeral), order
+            yield frozenset(keep - inner), frozenset(ephemeral), order
+            yield frozenset(keep - inner), frozenset(ephemeral | inner), order
 
 
 def _peak(option: Option) -> float:
@@ -131,13 +138,10 @@ class Chain:
     runs: tuple[tuple[Run, ...], ...]
 
     @staticmethod
-    def of(flow: Dataflow, repeat: bool = True) -> "Chain":
-        """Cut `flow` and find the options of every run; equal runs are solved once.
-
-        Without `repeat` no value is recomputed more than once.
-        """
+    def of(flow: Dataflow, freedom: Freedom = ANY) -> "Chain":
+        """Cut `flow` and find the options of every run; equal runs are solved once."""
         cut = spans(flow)
-        solver = _RunSolver(Surroundings.of(flow, cut), repeat)
+        solver = _RunSolver(Surroundings.of(flow, cut), freedom)
         runs = []
         for first in range(len(cut)):
             last = min(first + MERGE, len(cut))
@@ -186,6 +190,7 @@ class Chain:
     def _labels(self, table: list[_States], row: int) -> Choice:
         keep: set[int] = set(self.spans.pinned)
         ephemeral: set[int] = set()
+        order: list[int] = []
         states = table[-1]
         seconds, peak = float(states.seconds[row]), int(states.peak_bytes[row])
         cut, number, previous, option_number = states.origin[row]
@@ -194,8 +199,9 @@ class Chain:
             option = run.options[option_number]
             keep.update(run.placed.values[v] for v in option.keep)
             ephemeral.update(run.placed.values[v] for v in option.ephemeral)
+            order.extend(run.placed.operators[a] for a in option.order)
             cut, number, previous, option_number = table[cut].origin[previous]
-        return Choice(frozenset(keep), frozenset(ephemeral - keep), seconds, peak)
+        return Choice(frozenset(keep), frozenset(ephemeral - keep), tuple(order), seconds, peak)
 
 
 def _light(run: Run) -> Run:

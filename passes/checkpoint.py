@@ -23,12 +23,15 @@ from graphopt.passes.checkpoint_choice import (
     everything,
     holding_outputs,
     names_of,
+    order_named,
+    order_names,
     states_needed,
     step_of,
     values_named,
     without_gradient_bytes,
 )
 from graphopt.passes.replay import with_recomputation
+from graphopt.passes.span_options import Freedom
 from graphopt.plan import Plan
 from graphopt.program import Program
 
@@ -38,6 +41,7 @@ class CheckpointPlan(Plan):
     """What the forward keeps, by the name of the node that makes it, and what that costs.
 
     `ephemeral` values are recomputed for each use, every other value that the backward needs once.
+    `order` names the operators of the backward that run once, in order; it is empty for autograd's.
     Peaks are bytes of the whole step, parameters and inputs included; `baseline_bytes` is the peak
     with everything kept. The step's own seconds and FLOPs do not count what `recompute_seconds` and
     `recompute_flops` add.
@@ -45,6 +49,7 @@ class CheckpointPlan(Plan):
 
     keep: tuple[str, ...]
     ephemeral: tuple[str, ...]
+    order: tuple[str, ...]
     budget_bytes: int | None
     peak_bytes: int
     baseline_bytes: int
@@ -99,7 +104,8 @@ class Checkpoint(Pass):
         if not program.is_joint:
             return _plan(flow, everything(flow), budget, baseline)
         wish = self.memory if self.activations is None else self.activations
-        search = Search(leave_room=costs.followed, repeat=not costs.merges_repeats)
+        free = not costs.merges_repeats
+        search = Search(leave_room=costs.followed, freedom=Freedom(free, free))
         choice = choose(flow, wish == "min", budget, search)
         return _plan(flow, choice, budget, baseline)
 
@@ -107,9 +113,10 @@ class Checkpoint(Pass):
         """The joint graph with the recomputations of `plan` in it."""
         flow = dataflow(program)
         keep, ephemeral = values_named(flow, plan.keep), values_named(flow, plan.ephemeral)
+        order = order_named(flow, plan.order)
         check_choice(flow, keep)
-        keep |= states_needed(flow, Choice(keep, ephemeral, 0.0, 0))
-        return with_recomputation(program, flow, keep, ephemeral)
+        keep |= states_needed(flow, Choice(keep, ephemeral, order, 0.0, 0))
+        return with_recomputation(program, flow, keep, ephemeral, order)
 
     def _budget_bytes(self, baseline_bytes: int, static_bytes: int) -> int | None:
         if self.activations is None:
@@ -123,6 +130,7 @@ def _plan(flow: Dataflow, choice: Choice, budget: int | None, baseline: int) -> 
     return CheckpointPlan(
         keep=names_of(flow, choice.keep),
         ephemeral=names_of(flow, choice.ephemeral),
+        order=order_names(flow, choice.order),
         budget_bytes=budget,
         peak_bytes=flow.static_bytes + step.peak_bytes,
         baseline_bytes=baseline,

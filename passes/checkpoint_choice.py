@@ -13,13 +13,16 @@ from graphopt.cost_models.schedule import (
     simulate,
 )
 from graphopt.errors import PlanError
+from graphopt.passes.backward_order import check_order, completed
 from graphopt.passes.chain_solver import Chain, Choice
 from graphopt.passes.segments import deep_reads
+from graphopt.passes.span_options import ANY, Freedom
 
 LIGHT_SHARE = 0.01  # of the step's time: what recomputation may cost where no budget is given
 BISECTIONS = 10
 NARROW = 0.002  # of the budget: where a bisection of limits ends
 LOWERINGS = 6  # kept values given up one by one, each the best of some candidates
+PRICE = 5.0  # the most time, as a share of the step's, that giving one up costs for a share of the peak
 CANDIDATES = 12
 
 
@@ -42,7 +45,7 @@ def step_of(flow: Dataflow, choice: Choice) -> StepMemory:
     """Simulate the step under `choice`, with the generators' states that replays need."""
     keep = choice.keep | states_needed(flow, choice)
     forward = simulate(flow, forward_steps(flow, keep), (), keep | frozenset(flow.outputs))
-    steps = backward_steps(flow, keep, choice.ephemeral, anchors(flow))
+    steps = backward_steps(flow, keep, choice.ephemeral, choice.order)
     backward = simulate(flow, steps, keep, flow.gradients)
     seen: set[int] = set()
     seconds, flops = 0.0, 0
@@ -58,15 +61,16 @@ def states_needed(flow: Dataflow, choice: Choice) -> frozenset[int]:
     """The states of the generator before the random operators that the backward replays."""
     if all(o.state is None for o in flow.operators):
         return frozenset()
-    steps = backward_steps(flow, choice.keep, choice.ephemeral, anchors(flow))
+    steps = backward_steps(flow, choice.keep, choice.ephemeral, choice.order)
     states = (flow.operators[s.operator].state for s in steps)
     return frozenset(s for s in states if s is not None)
 
 
 def everything(flow: Dataflow) -> Choice:
     """Keep every forward value that the backward reads."""
-    reads = deep_reads(flow, anchors(flow))
-    return Choice(frozenset(v for values in reads for v in values), frozenset(), 0.0, 0)
+    order = anchors(flow)
+    reads = deep_reads(flow, order)
+    return Choice(frozenset(v for values in reads for v in values), frozenset(), tuple(order), 0.0, 0)
 
 
 @dataclass(frozen=True)
@@ -74,12 +78,11 @@ class Search:
     """What the search may do.
 
     With `leave_room`, half of what the budget leaves above the static bytes stays free for parts of
-    the step that follow, where that can be met. `repeat` allows one value to be recomputed several
-    times in the backward.
+    the step that follow, where that can be met. `freedom` is that of the search over spans.
     """
 
     leave_room: bool = False
-    repeat: bool = True
+    freedom: Freedom = ANY
 
 
 ANYTHING = Search()
@@ -97,15 +100,15 @@ def choose(flow: Dataflow, least: bool, budget_bytes: int | None, search: Search
     peak = flow.static_bytes + step_of(flow, plain).peak_bytes
     if budget_bytes is not None and peak <= budget_bytes:
         return plain
-    chain = Chain.of(flow, search.repeat)
-    if least:
-        return lowered(flow, pruned(flow, chain.least_peak()), search.repeat)
+    if budget_bytes is None and not least:
+        return pruned(flow, _light(flow, Chain.of(flow, replace(search.freedom, reorder=False))))
+    chain = Chain.of(flow, search.freedom)
     if budget_bytes is None:
-        return pruned(flow, _light(flow, chain))
-    return pruned(flow, _within(flow, chain, budget_bytes, search.repeat))
+        return lowered(flow, pruned(flow, chain.least_peak()), search.freedom)
+    return pruned(flow, _within(flow, chain, budget_bytes, search.freedom))
 
 
-def _within(flow: Dataflow, chain: Chain, budget_bytes: int, repeat: bool) -> Choice:
+def _within(flow: Dataflow, chain: Chain, budget_bytes: int, freedom: Freedom) -> Choice:
     """The fastest choice whose true peak fits; where the sum over spans misses it, by bisection."""
     least = chain.least_peak()
     low, limit = least.peak_bytes, budget_bytes - flow.static_bytes
@@ -125,7 +128,7 @@ def _within(flow: Dataflow, chain: Chain, budget_bytes: int, repeat: bool) -> Ch
         limit = (low + high) // 2
     if fitting is not None:
         return fitting
-    best = lowered(flow, pruned(flow, least), repeat)
+    best = lowered(flow, pruned(flow, least), freedom)
     reachable = flow.static_bytes + step_of(flow, best).peak_bytes
     if reachable <= budget_bytes:
         return best
@@ -160,21 +163,26 @@ def _light(flow: Dataflow, chain: Chain) -> Choice:
     return high
 
 
-def lowered(flow: Dataflow, choice: Choice, repeat: bool) -> Choice:
+def lowered(flow: Dataflow, choice: Choice, freedom: Freedom) -> Choice:
     """`choice` with fewer kept values, where one that is alive at the peak is better recomputed.
 
-    This reaches values that cross every cut, which the search over spans keeps.
+    This reaches values that cross every cut, which the search over spans keeps. Each one given up must
+    be worth its time (`PRICE`).
     """
-    peak = step_of(flow, choice).peak_bytes
+    now = step_of(flow, choice)
+    whole = sum(o.seconds for o in flow.operators)
     for _ in range(LOWERINGS):
         for value in _kept_at_peak(flow, choice):
             keep, ephemeral = choice.keep - {value}, choice.ephemeral
-            trial = replace(choice, keep=keep, ephemeral=ephemeral | {value} if repeat else ephemeral)
+            if freedom.repeat:
+                ephemeral = ephemeral | _made_for(flow, value, keep)
+            trial = replace(choice, keep=keep, ephemeral=ephemeral)
             if not _is_complete(flow, keep):
                 continue
-            lower = step_of(flow, trial).peak_bytes
-            if lower < peak:
-                choice, peak = pruned(flow, trial), lower
+            then = step_of(flow, trial)
+            saved = (now.peak_bytes - then.peak_bytes) / max(1, now.peak_bytes)
+            if saved > 0 and then.recompute_seconds - now.recompute_seconds <= PRICE * saved * whole:
+                choice, now = pruned(flow, trial), then
                 break
         else:
             break
@@ -194,6 +202,18 @@ def _kept_at_peak(flow: Dataflow, choice: Choice) -> list[int]:
     return alive[:CANDIDATES]
 
 
+def _made_for(flow: Dataflow, value: int, keep: frozenset[int]) -> frozenset[int]:
+    """`value` and all that must be recomputed on the way to it."""
+    found, stack = {value}, [value]
+    while stack:
+        producer = flow.values[stack.pop()].producer
+        for read in flow.operators[producer].reads:
+            if flow.values[read].producer != NO_PRODUCER and read not in found and read not in keep:
+                found.add(read)
+                stack.append(read)
+    return frozenset(found)
+
+
 def _is_complete(flow: Dataflow, keep: Collection[int]) -> bool:
     try:
         check_choice(flow, keep)
@@ -204,7 +224,7 @@ def _is_complete(flow: Dataflow, keep: Collection[int]) -> bool:
 
 def pruned(flow: Dataflow, choice: Choice) -> Choice:
     """`choice` without the kept values that the backward does not read."""
-    steps = backward_steps(flow, choice.keep, choice.ephemeral, anchors(flow))
+    steps = backward_steps(flow, choice.keep, choice.ephemeral, choice.order)
     read = {v for s in steps for v in flow.operators[s.operator].reads}
     return replace(choice, keep=choice.keep & read, ephemeral=choice.ephemeral & read)
 
@@ -227,6 +247,23 @@ def check_choice(flow: Dataflow, keep: Collection[int]) -> None:
 def names_of(flow: Dataflow, values: Iterable[int]) -> tuple[str, ...]:
     """The labels of `values`, in the order of the program."""
     return tuple(flow.values[v].label for v in sorted(values))
+
+
+def order_names(flow: Dataflow, order: tuple[int, ...]) -> tuple[str, ...]:
+    """The names of the operators of `order`; nothing where it is the program's own."""
+    if order == tuple(anchors(flow)):
+        return ()
+    return tuple(flow.operators[a].name for a in order)
+
+
+def order_named(flow: Dataflow, names: Collection[str]) -> tuple[int, ...]:
+    """The order that `names` give the backward of `flow`; PlanError where it cannot have it."""
+    by_name = {o.name: i for i, o in enumerate(flow.operators)}
+    order = tuple(by_name.get(n, -1) for n in names)
+    wrong = check_order(flow, order)
+    if wrong is not None:
+        raise PlanError(f"the plan's order cannot be that of this backward: {wrong}")
+    return completed(flow, order)
 
 
 def values_named(flow: Dataflow, names: Collection[str]) -> frozenset[int]:

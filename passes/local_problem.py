@@ -35,13 +35,14 @@ class LocalProblem:
 
 @dataclass(frozen=True)
 class Placed:
-    """A `LocalProblem`, where it stands: its values' numbers in the whole, and what passes it by.
+    """A `LocalProblem`, where it stands: the numbers in the whole of its values and operators.
 
     `passing_bytes` are values of the backward (gradients, mostly) alive all the while.
     """
 
     problem: LocalProblem
     values: tuple[int, ...]
+    operators: tuple[int, ...]
     passing_bytes: int
 
 
@@ -97,13 +98,13 @@ def place(world: Surroundings, first: int, stop: int) -> Placed:
     new_gradients = leaving & set(numbering.number)
     local = LocalProblem(
         numbering.flow(),
-        numbering.local(numbering.outside & set(numbering.number)),
+        numbering.local(numbering.outside - entering),
         numbering.local(must),
         numbering.local(touched),
         numbering.local(new_gradients),
         numbering.local(outputs | must),
     )
-    return Placed(local, tuple(numbering.number), passing)
+    return Placed(local, tuple(numbering.number), tuple(numbering.operators), passing)
 
 
 def _ends(world: Surroundings, late: list[int]) -> tuple[frozenset[int], frozenset[int]]:

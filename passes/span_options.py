@@ -1,19 +1,22 @@
 """What can be done with one span: its Pareto set of kept bytes, peak of its backward, and time.
 
 Candidates come from thresholds on what a byte saved costs to recompute, and from coordinate descent
-on weighted sums of the three; every candidate is simulated.
+on weighted sums of the three; every candidate is simulated. The order of the span's backward is
+searched for the lowest peak, and then the labels again under the new order.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from graphopt.cost_models.memory import Operator
-from graphopt.cost_models.schedule import Step, anchors, backward_steps, simulate
+from graphopt.cost_models.schedule import Step, Timeline, anchors, backward_steps, simulate
+from graphopt.passes.backward_order import Order, Precedence, lower_order
 from graphopt.passes.local_problem import LocalProblem
 
 SMALL = 0.004  # a value below this share of the span's largest is kept without being considered
 THRESHOLDS = 7
 SIMULATED_STEPS = 60_000  # bounds the work of the search on one span
+ORDERING_STEPS = 40_000  # the same for the order of its backward
 WEIGHTS = (
     (0.0, 0.1),
     (0.1, 0.1),
@@ -32,11 +35,13 @@ class Option:
 
     `kept_bytes` stay from the forward of the span to its backward; `backward_bytes` and
     `forward_bytes` are the peaks of its two parts, its borders excluded; `seconds` and `flops` are
-    what it recomputes. A kept value stays, an ephemeral one is recomputed for each use.
+    what it recomputes. A kept value stays, an ephemeral one is recomputed for each use. `order` is
+    that of the operators of the backward that run once.
     """
 
     keep: frozenset[int]
     ephemeral: frozenset[int]
+    order: Order
     kept_bytes: int
     backward_bytes: int
     forward_bytes: int
@@ -44,26 +49,37 @@ class Option:
     flops: int
 
 
-Labels = tuple[frozenset[int], frozenset[int]]  # values kept, values recomputed for each use
+Labels = tuple[frozenset[int], frozenset[int], Order]  # kept, recomputed for each use, order
+
+
+@dataclass(frozen=True)
+class Freedom:
+    """What a search may do: make values ephemeral (`repeat`), change the backward's order (`reorder`)."""
+
+    repeat: bool = True
+    reorder: bool = True
+
+
+ANY = Freedom()
 
 
 def options(
-    problem: LocalProblem, repeat: bool = True, seeds: Iterable[Labels] = ()
+    problem: LocalProblem, freedom: Freedom = ANY, seeds: Iterable[Labels] = ()
 ) -> tuple[Option, ...]:
     """The options of `problem` that none other beats in kept bytes, peak and time at once.
 
-    Without `repeat` none of them makes a value ephemeral. The search also starts from `seeds`.
+    The search also starts from `seeds`.
     """
-    return _Search(problem, repeat).run(seeds)
+    return _Search(problem, freedom).run(seeds)
 
 
 class _Search:
-    def __init__(self, problem: LocalProblem, repeat: bool) -> None:
+    def __init__(self, problem: LocalProblem, freedom: Freedom) -> None:
         self.problem = problem
-        self.repeat = repeat
+        self.freedom = freedom
         self.flow = problem.flow
-        self.order = anchors(problem.flow)
-        self.found: dict[tuple[frozenset[int], frozenset[int]], Option] = {}
+        self.order = tuple(anchors(problem.flow))
+        self.found: dict[Labels, Option] = {}
         self.anchored = frozenset(self.order)
         self.budget = SIMULATED_STEPS
         self.border_bytes = self._bytes(problem.borders)
@@ -75,13 +91,15 @@ class _Search:
     def run(self, seeds: Iterable[Labels]) -> tuple[Option, ...]:
         """Thresholds and seeds first, then descents from the best of what was found."""
         allowed = frozenset(self.choices)
-        for keep, ephemeral in seeds:
-            self._try(self._forward(keep & allowed), ephemeral & allowed - keep)
+        for keep, ephemeral, order in seeds:
+            self._try((self._forward(keep & allowed), ephemeral & allowed - keep, order))
         for keep, ephemeral in self._threshold_choices():
-            self._try(keep, ephemeral)
+            self._try((keep, ephemeral, self.order))
         if self.choices:
             for kept_weight, peak_weight in WEIGHTS:
                 self._descend(kept_weight, peak_weight)
+        if self.freedom.reorder and self.found:
+            self._reorder()
         return tuple(self._with_forward(o) for o in pareto(self.found.values()))
 
     def _choices(self) -> list[int]:
@@ -126,45 +144,80 @@ class _Search:
             keep = self._forward(v for v in self.choices if self.density[v] >= bar)
             yield keep, frozenset()
             for below in bars:
-                if below > 0 and self.repeat:
+                if below > 0 and self.freedom.repeat:
                     rest = frozenset(self.choices) - keep
                     yield keep, frozenset(v for v in rest if self.density[v] <= below)
 
-    def _try(self, keep: frozenset[int], ephemeral: frozenset[int]) -> Option | None:
-        if ephemeral and not self.repeat:
-            return None
-        key = (keep, ephemeral)
-        if key in self.found:
-            return self.found[key]
-        if self.budget < 0:
-            return None
+    def _simulated(self, labels: Labels) -> tuple[frozenset[int], frozenset[int], Timeline]:
+        """What is kept of what was asked for, what is alive at the start, and the backward."""
+        keep, ephemeral, order = labels
         held = keep | self.always
         steps = backward_steps(
-            self.flow, held | self.problem.borders | self.problem.entering, ephemeral, self.order
+            self.flow, held | self.problem.borders | self.problem.entering, ephemeral, order
         )
         self.budget -= len(steps)
         asked = {v for s in steps for v in self.flow.operators[s.operator].reads}
         kept = held & (asked | self.problem.must_keep)
         start = kept | self.problem.borders | self.problem.entering
         end = self.problem.borders | self.problem.leaving
-        timeline = simulate(self.flow, steps, start, end, self.problem.entering)
-        again = [self.flow.operators[s.operator] for s in steps if s.operator not in self.anchored]
+        return kept, start, simulate(self.flow, steps, start, end, self.problem.entering)
+
+    def _try(self, labels: Labels) -> Option | None:
+        if labels[1] and not self.freedom.repeat:
+            return None
+        if labels in self.found:
+            return self.found[labels]
+        if self.budget < 0:
+            return None
+        kept, start, timeline = self._simulated(labels)
+        again = [self.flow.operators[s.operator] for s in timeline.steps]
+        again = [o for o, s in zip(again, timeline.steps, strict=True) if s.operator not in self.anchored]
         option = Option(
             kept,
-            ephemeral,
+            labels[1],
+            labels[2],
             self._bytes(kept),
             max(timeline.peak_bytes, self._bytes(start)) - self.border_bytes,
             0,
             sum(o.seconds for o in again) - self._first_runs(again),
             sum(o.flops for o in again if not o.backward),
         )
-        self.found[key] = option
+        self.found[labels] = option
         return option
 
     def _first_runs(self, again: Iterable[Operator]) -> float:
         """Seconds of operators that the backward runs on demand, once each: no recomputation."""
         first = {o.writes: o for o in again if o.backward}
         return sum(o.seconds for o in first.values())
+
+    def _reorder(self) -> None:
+        """Better orders for the options of the lowest peak; then every good option under them."""
+        spared, self.budget = self.budget, ORDERING_STEPS
+        precedence = Precedence.of(self.flow)
+        orders = {self.order}
+        good = pareto(self.found.values())
+        for wish in (_peak_bytes, _all_bytes):
+            option = min(good, key=wish)
+            orders.add(self._lower_order(option, option.ephemeral, precedence))
+            if self.freedom.repeat:
+                orders.add(self._lower_order(option, frozenset(self.choices) - option.keep, precedence))
+        self.budget = max(0, self.budget) + max(0, spared)
+        for order in orders - {self.order}:
+            for option in good:
+                self._try((option.keep & frozenset(self.choices), option.ephemeral, order))
+        if len(orders) > 1 and self.choices:
+            for kept_weight, peak_weight in WEIGHTS:
+                self._descend(kept_weight, peak_weight)
+
+    def _lower_order(self, option: Option, ephemeral: frozenset[int], precedence: Precedence) -> Order:
+        keep = option.keep & frozenset(self.choices)
+
+        def run(order: Order) -> Timeline | None:
+            if self.budget < 0:
+                return None
+            return self._simulated((keep, ephemeral, order))[2]
+
+        return lower_order(option.order, precedence, run)
 
     def _descend(self, kept_weight: float, peak_weight: float) -> None:
         """Coordinate descent on seconds + weighted kept bytes + weighted peak, one label at a time."""
@@ -181,7 +234,7 @@ class _Search:
             improved = False
             for choice in self.choices:
                 for keep, ephemeral in _relabelled(best, choice, self._is_forward(choice)):
-                    option = self._try(keep & frozenset(self.choices), ephemeral)
+                    option = self._try((keep & frozenset(self.choices), ephemeral, best.order))
                     if option is not None and value(option) < value(best) * (1 - 1e-9):
                         best, improved = option, True
 
@@ -194,6 +247,14 @@ class _Search:
         end = self.problem.borders | self.problem.leaving_forward | option.keep
         timeline = simulate(self.flow, steps, self.problem.borders, end)
         return replace(option, forward_bytes=timeline.peak_bytes - self.border_bytes)
+
+
+def _peak_bytes(option: Option) -> int:
+    return option.backward_bytes
+
+
+def _all_bytes(option: Option) -> int:
+    return option.kept_bytes + option.backward_bytes
 
 
 def _relabelled(

@@ -6,21 +6,27 @@ from typing import ClassVar
 
 from graphopt.cost_models.costs import Costs
 from graphopt.cost_models.memory import Dataflow
+from graphopt.cost_models.schedule import anchors
+from graphopt.passes.backward_order import Precedence
 from graphopt.passes.chain_solver import Choice
 from graphopt.passes.checkpoint import Checkpoint, CheckpointPlan
-from graphopt.passes.checkpoint_choice import everything, names_of, pruned, step_of
+from graphopt.passes.checkpoint_choice import everything, names_of, order_names, pruned, step_of
 from graphopt.program import Program
 
 
 @dataclass(frozen=True)
 class Drawn(Checkpoint):
-    """Keeps each value with probability `keep`; of the rest `ephemeral` are made for each use."""
+    """Keeps each value with probability `keep`; of the rest `ephemeral` are made for each use.
+
+    With `reorder` the backward runs in an order drawn at random.
+    """
 
     name: ClassVar[str] = "drawn"
 
     seed: int = 0
     keep: float = 0.5
     ephemeral: float = 0.5
+    reorder: bool = True
 
     def plan(self, program: Program, costs: Costs) -> CheckpointPlan:
         flow = costs.dataflow(program)
@@ -28,7 +34,19 @@ class Drawn(Checkpoint):
         values = forward_values(flow)
         keep = {v for v in values if draw.random() < self.keep} | stuck(flow)
         rest = [v for v in values if v not in keep]
-        return plan_of(flow, keep, {v for v in rest if draw.random() < self.ephemeral})
+        ephemeral = {v for v in rest if draw.random() < self.ephemeral}
+        return plan_of(flow, keep, ephemeral, drawn_order(flow, draw) if self.reorder else None)
+
+
+def drawn_order(flow: Dataflow, draw: random.Random) -> tuple[int, ...]:
+    """Any order of the backward in which every operator finds what it reads."""
+    before = {a: set(sources) for a, sources in Precedence.of(flow).before.items()}
+    order: list[int] = []
+    while before:
+        chosen = draw.choice([a for a, sources in before.items() if sources.isdisjoint(before)])
+        del before[chosen]
+        order.append(chosen)
+    return tuple(order)
 
 
 def forward_values(flow: Dataflow) -> list[int]:
@@ -43,13 +61,17 @@ def stuck(flow: Dataflow) -> set[int]:
     }
 
 
-def plan_of(flow: Dataflow, keep: set[int], ephemeral: set[int]) -> CheckpointPlan:
+def plan_of(
+    flow: Dataflow, keep: set[int], ephemeral: set[int], order: tuple[int, ...] | None = None
+) -> CheckpointPlan:
     """The plan with these labels (no value kept for nothing), its figures as simulated."""
-    choice = pruned(flow, Choice(frozenset(keep), frozenset(ephemeral), 0.0, 0))
+    order = order or tuple(anchors(flow))
+    choice = pruned(flow, Choice(frozenset(keep), frozenset(ephemeral), order, 0.0, 0))
     memory = step_of(flow, choice)
     return CheckpointPlan(
         names_of(flow, choice.keep),
         names_of(flow, choice.ephemeral),
+        order_names(flow, choice.order),
         None,
         flow.static_bytes + memory.peak_bytes,
         flow.static_bytes + step_of(flow, everything(flow)).peak_bytes,

@@ -28,7 +28,10 @@ class _Instance:
 
 
 def naive_backward(
-    flow: Dataflow, keep: Collection[int], ephemeral: Collection[int]
+    flow: Dataflow,
+    keep: Collection[int],
+    ephemeral: Collection[int],
+    order: Collection[int] | None = None,
 ) -> list[tuple[int, tuple[int, ...]]]:
     """(operator, values it makes) of the backward with recomputation, by plain recursion."""
     live = set(keep)
@@ -44,12 +47,13 @@ def naive_backward(
         live.update(made)
         return dropped + [w for w in made if w in ephemeral]
 
-    for index, operator in enumerate(flow.operators):
-        if operator.backward and operator.anchored:
-            dropped = [d for read in operator.reads for d in need(read)]
-            found.append((index, operator.writes))
-            live.update(operator.writes)
-            live.difference_update(dropped)
+    anchored = [i for i, o in enumerate(flow.operators) if o.backward and o.anchored]
+    for index in anchored if order is None else order:
+        operator = flow.operators[index]
+        dropped = [d for read in operator.reads for d in need(read)]
+        found.append((index, operator.writes))
+        live.update(operator.writes)
+        live.difference_update(dropped)
     return found
 
 
@@ -133,10 +137,15 @@ def _overwritten(
     return next((v for v in operator.reusable if v in dying), None)
 
 
-def naive_step(flow: Dataflow, keep: Collection[int], ephemeral: Collection[int]) -> tuple[int, float]:
+def naive_step(
+    flow: Dataflow,
+    keep: Collection[int],
+    ephemeral: Collection[int],
+    order: Collection[int] | None = None,
+) -> tuple[int, float]:
     """Peak bytes (static ones excluded) and seconds of recomputation of a whole step."""
     forward, _, _ = naive_bytes(flow, naive_forward(flow, keep), (), {*keep, *flow.outputs})
-    steps = naive_backward(flow, keep, ephemeral)
+    steps = naive_backward(flow, keep, ephemeral, order)
     backward, _, _ = naive_bytes(flow, steps, keep, flow.gradients)
     runs = [flow.operators[index] for index, _ in steps]
     once = {o.name: o.seconds for o in runs if o.backward}
@@ -144,13 +153,15 @@ def naive_step(flow: Dataflow, keep: Collection[int], ephemeral: Collection[int]
     return max([*forward, *backward], default=0), seconds
 
 
-def brute_force(flow: Dataflow, labels: int = 3) -> Iterator[tuple[int, float]]:
+def brute_force(
+    flow: Dataflow, labels: int = 3, order: Collection[int] | None = None
+) -> Iterator[tuple[int, float]]:
     """(peak bytes, seconds) of every labelling of the forward's values: kept, held, ephemeral."""
     values = [v for i in flow.forward for v in flow.operators[i].writes]
     for given in itertools.product(range(labels), repeat=len(values)):
         keep = {v for v, label in zip(values, given, strict=True) if label == 0}
         ephemeral = {v for v, label in zip(values, given, strict=True) if label == 2}
-        yield naive_step(flow, keep, ephemeral)
+        yield naive_step(flow, keep, ephemeral, order)
 
 
 # --- random dataflows --------------------------------------------------------------------------

@@ -48,7 +48,7 @@ def test_a_run_may_pass_over_a_cut_that_nothing_else_reaches() -> None:
     flow = build.flow([made[-1]], last)
     choice = Chain.of(flow).least_peak()
     best = min(peak for peak, _ in brute_force(flow))
-    assert naive_step(flow, choice.keep, choice.ephemeral)[0] == best
+    assert naive_step(flow, choice.keep, choice.ephemeral, choice.order)[0] == best
 
 
 @settings(max_examples=50)
@@ -79,7 +79,7 @@ def test_within_a_limit_the_fastest_path_is_found(flow: Dataflow, share: float) 
 def test_the_peak_of_a_choice_is_the_simulated_one(flow: Dataflow) -> None:
     chain = Chain.of(flow)
     choice = chain.least_peak()
-    peak, seconds = naive_step(flow, choice.keep, choice.ephemeral)
+    peak, seconds = naive_step(flow, choice.keep, choice.ephemeral, choice.order)
     # A sum over spans: nearly always exact; the choice under a budget is simulated as a whole.
     assert 0.8 * peak <= choice.peak_bytes <= 1.5 * peak
     assert choice.seconds == pytest.approx(seconds)
@@ -100,7 +100,7 @@ def test_long_chains_stay_within_every_limit() -> None:
         limit = int(least.peak_bytes + share * (plain - least.peak_bytes))
         choice = chain.within(limit)
         assert choice is not None
-        peak, spent = naive_step(flow, choice.keep, choice.ephemeral)
+        peak, spent = naive_step(flow, choice.keep, choice.ephemeral, choice.order)
         assert peak <= choice.peak_bytes <= limit
         seconds.append(spent)
     assert seconds == sorted(seconds, reverse=True)

@@ -7,6 +7,7 @@ from programs import traced
 from random_flows import blocks, naive_backward, naive_bytes, training_flows
 
 from graphopt.cost_models.memory import NO_PRODUCER, Dataflow, dataflow
+from graphopt.cost_models.schedule import anchors
 from graphopt.passes.local_problem import LocalProblem, Surroundings, place
 from graphopt.passes.segments import spans
 from graphopt.passes.span_options import Option, options, pareto
@@ -23,7 +24,7 @@ def naive(problem: LocalProblem, option: Option) -> tuple[int, float]:
     """Peak of the backward above the borders, and seconds of recomputation."""
     flow = problem.flow
     kept = option.keep | problem.borders | problem.entering
-    steps = naive_backward(flow, kept, option.ephemeral)
+    steps = naive_backward(flow, kept, option.ephemeral, option.order)
     made = {v for _, makes in steps for v in makes}
     end = problem.borders | problem.leaving
     border_bytes = sum(flow.values[v].nbytes for v in problem.borders)
@@ -77,7 +78,10 @@ def test_the_lowest_peak_of_a_span_is_found(flow: Dataflow) -> None:
         if v.producer >= 0 and not problem.flow.operators[v.producer].backward
     ]
     best = min(
-        naive(problem, Option(keep | problem.must_keep, ephemeral, 0, 0, 0, 0.0, 0))[0]
+        naive(
+            problem,
+            Option(keep | problem.must_keep, ephemeral, tuple(anchors(problem.flow)), 0, 0, 0, 0.0, 0),
+        )[0]
         for keep, ephemeral in labellings(inner)
     )
     assert min(o.backward_bytes for o in options(problem)) <= 1.2 * best
@@ -123,7 +127,7 @@ def test_a_problem_holds_the_whole_span_and_nothing_that_was_there_before() -> N
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9), st.integers(0, 9)), max_size=12))
 def test_the_pareto_set(points: list[tuple[int, int, int]]) -> None:
-    candidates = [Option(frozenset(), frozenset(), k, p, 0, float(s), 0) for k, p, s in points]
+    candidates = [Option(frozenset(), frozenset(), (), k, p, 0, float(s), 0) for k, p, s in points]
     chosen = pareto(candidates, slack=0.0)
     for c in candidates:
         beaten_or_chosen = [
