@@ -176,12 +176,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--quick", action="store_true", help="fewer solvers, no Inductor budgets")
-    parser.add_argument("--rounds", type=int, default=0, help="timed pairs of steps per point")
+    parser.add_argument("--rounds", type=int, help="timed pairs of steps per point; 0 for none")
     parser.add_argument("--peers", default=".*", help="only those whose whole label this matches")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--resident", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    options.rounds = options.rounds or (3 if options.quick else 9)
+    if options.rounds is None:
+        options.rounds = 3 if options.quick else 9
     if options.worker:
         found = (
             resident(options.worker, options.resident)

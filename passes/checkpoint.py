@@ -21,6 +21,7 @@ from graphopt.passes.checkpoint_choice import (
     check_choice,
     choose,
     everything,
+    fitting,
     holding_outputs,
     names_of,
     order_named,
@@ -32,6 +33,7 @@ from graphopt.passes.checkpoint_choice import (
 )
 from graphopt.passes.replay import with_recomputation
 from graphopt.passes.span_options import Freedom
+from graphopt.passes.subset_choice import SOLVERS, subset_choice
 from graphopt.plan import Plan
 from graphopt.program import Program
 
@@ -75,6 +77,10 @@ class Checkpoint(Pass):
     recomputing anything heavy. `activations` instead bounds what the step allocates besides its
     gradients. `hold_outputs` says that the caller keeps the outputs of the forward, beside the loss,
     while the backward runs.
+
+    `solver`: "graph" searches labels and orders on the whole graph. "dp", "linear", "sqrt" and "periodic"
+    choose among the narrow places of the graph as `graphopt.passes.published_solvers` describes; they
+    are there for comparison.
     """
 
     name: ClassVar[str] = "checkpoint"
@@ -82,12 +88,16 @@ class Checkpoint(Pass):
     memory: Budget = None
     activations: Budget = None
     hold_outputs: bool = False
+    solver: str = "graph"
 
     def __post_init__(self) -> None:
         check_budget(self.memory)
         check_budget(self.activations, "activations")
         if self.memory is not None and self.activations is not None:
             raise PlanError("give one of memory= and activations=, not both")
+        if self.solver != "graph" and self.solver not in SOLVERS:
+            known = ", ".join(("graph", *SOLVERS))
+            raise PlanError(f"solver={self.solver!r} is not a solver; there are {known}")
 
     def plan(self, program: Program, costs: Costs) -> CheckpointPlan:
         """The labels of every value; PlanError with `reachable_bytes` where the budget is too small.
@@ -106,7 +116,10 @@ class Checkpoint(Pass):
         wish = self.memory if self.activations is None else self.activations
         free = not costs.merges_repeats
         search = Search(leave_room=costs.followed, freedom=Freedom(free, free))
-        choice = choose(flow, wish == "min", budget, search)
+        if self.solver == "graph":
+            choice = choose(flow, wish == "min", budget, search)
+        else:
+            choice = fitting(flow, subset_choice(flow, self.solver, budget), budget)
         return _plan(flow, choice, budget, baseline)
 
     def apply(self, program: Program, plan: CheckpointPlan) -> Program:

@@ -128,9 +128,14 @@ def _within(flow: Dataflow, chain: Chain, budget_bytes: int, freedom: Freedom) -
         limit = (low + high) // 2
     if fitting is not None:
         return fitting
-    best = lowered(flow, pruned(flow, least), freedom)
+    return fitting(flow, lowered(flow, pruned(flow, least), freedom), budget_bytes)
+
+
+def fitting(flow: Dataflow, best: Choice, budget_bytes: int | None) -> Choice:
+    """`best`, the choice of the least peak that was found; PlanError where it is above the budget."""
+    best = pruned(flow, best)
     reachable = flow.static_bytes + step_of(flow, best).peak_bytes
-    if reachable <= budget_bytes:
+    if budget_bytes is None or reachable <= budget_bytes:
         return best
     raise PlanError(
         f"no plan keeps the step within {format_bytes(budget_bytes)}; the smallest reachable peak is "
