@@ -133,7 +133,7 @@ def simulate(
         operator = operators[step.operator]
         height = live + operator.workspace_bytes
         if operator.state in replayed:  # a replay puts the generator's present state aside
-            height += sizes[operator.state]  # type: ignore[index]
+            height += sizes[operator.state]
         made = sum([sizes[v] for v in step.makes])
         over = _written_over(operator, step, dying, mine)
         if over is None:
@@ -180,7 +180,7 @@ def _deaths(
         reads = flow.own_reads[step.operator]
         if replayed:  # a replay reads the saved state
             state = flow.operators[step.operator].state
-            reads = (*reads, state) if state in replayed else reads  # type: ignore[assignment]
+            reads = (*reads, state) if state in replayed else reads
         dying = tuple([v for v in reads if v not in needed])
         needed.update(reads)
         found.append((dying, unused))

@@ -6,7 +6,7 @@ subset is Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016; th
 is described in `graphopt.passes.chain_solver`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from graphopt.cost_models.costs import Costs
@@ -14,6 +14,7 @@ from graphopt.cost_models.devices import format_bytes
 from graphopt.cost_models.memory import Dataflow, dataflow
 from graphopt.errors import PlanError
 from graphopt.passes.base import Pass
+from graphopt.passes.bounded_choice import bounded
 from graphopt.passes.budget import Budget, check_budget, resolve_budget
 from graphopt.passes.chain_solver import Choice
 from graphopt.passes.checkpoint_choice import (
@@ -46,7 +47,8 @@ class CheckpointPlan(Plan):
     `order` names the operators of the backward that run once, in order; it is empty for autograd's.
     Peaks are bytes of the whole step, parameters and inputs included; `baseline_bytes` is the peak
     with everything kept. The step's own seconds and FLOPs do not count what `recompute_seconds` and
-    `recompute_flops` add.
+    `recompute_flops` add. `least_recompute_seconds` is a lower bound for every plan of this order under
+    the budget (under this peak where there is none), if one was asked for.
     """
 
     keep: tuple[str, ...]
@@ -59,13 +61,19 @@ class CheckpointPlan(Plan):
     recompute_seconds: float
     step_flops: int
     recompute_flops: int
+    least_recompute_seconds: float | None = None
 
     def __str__(self) -> str:
-        share = self.recompute_seconds / self.step_seconds if self.step_seconds else 0.0
-        return (
+        text = (
             f"keep {len(self.keep)} tensors: peak {format_bytes(self.peak_bytes)} instead of "
-            f"{format_bytes(self.baseline_bytes)} for {share:.1%} more time"
+            f"{format_bytes(self.baseline_bytes)} for {self._share(self.recompute_seconds)} more time"
         )
+        if self.least_recompute_seconds is None:
+            return text
+        return f"{text}, at least {self._share(self.least_recompute_seconds)} by any plan"
+
+    def _share(self, seconds: float) -> str:
+        return f"{seconds / self.step_seconds if self.step_seconds else 0.0:.1%}"
 
 
 @dataclass(frozen=True)
@@ -80,7 +88,8 @@ class Checkpoint(Pass):
 
     `solver`: "graph" searches labels and orders on the whole graph. "dp", "linear", "sqrt" and "periodic"
     choose among the narrow places of the graph as `graphopt.passes.published_solvers` describes; they
-    are there for comparison.
+    are there for comparison. "ilp" is "graph" with a lower bound beside it, and better labels from it
+    where it has any; it takes up to `time_limit_s` seconds.
     """
 
     name: ClassVar[str] = "checkpoint"
@@ -89,14 +98,15 @@ class Checkpoint(Pass):
     activations: Budget = None
     hold_outputs: bool = False
     solver: str = "graph"
+    time_limit_s: float = 60.0
 
     def __post_init__(self) -> None:
         check_budget(self.memory)
         check_budget(self.activations, "activations")
         if self.memory is not None and self.activations is not None:
             raise PlanError("give one of memory= and activations=, not both")
-        if self.solver != "graph" and self.solver not in SOLVERS:
-            known = ", ".join(("graph", *SOLVERS))
+        if self.solver not in ("graph", "ilp", *SOLVERS):
+            known = ", ".join(("graph", "ilp", *SOLVERS))
             raise PlanError(f"solver={self.solver!r} is not a solver; there are {known}")
 
     def plan(self, program: Program, costs: Costs) -> CheckpointPlan:
@@ -116,11 +126,14 @@ class Checkpoint(Pass):
         wish = self.memory if self.activations is None else self.activations
         free = not costs.merges_repeats
         search = Search(leave_room=costs.followed, freedom=Freedom(free, free))
-        if self.solver == "graph":
-            choice = choose(flow, wish == "min", budget, search)
-        else:
+        if self.solver in SOLVERS:
             choice = fitting(flow, subset_choice(flow, self.solver, budget), budget)
-        return _plan(flow, choice, budget, baseline)
+            return _plan(flow, choice, budget, baseline)
+        choice = choose(flow, wish == "min", budget, search)
+        if self.solver == "graph":
+            return _plan(flow, choice, budget, baseline)
+        choice, bound = bounded(flow, choice, budget, self.time_limit_s)
+        return replace(_plan(flow, choice, budget, baseline), least_recompute_seconds=bound.seconds)
 
     def apply(self, program: Program, plan: CheckpointPlan) -> Program:
         """The joint graph with the recomputations of `plan` in it."""

@@ -113,21 +113,21 @@ def _within(flow: Dataflow, chain: Chain, budget_bytes: int, freedom: Freedom) -
     least = chain.least_peak()
     low, limit = least.peak_bytes, budget_bytes - flow.static_bytes
     high = limit
-    fitting: Choice | None = None
+    fastest: Choice | None = None
     for _ in range(BISECTIONS):
         found = chain.within(limit)
         choice = None if found is None else pruned(flow, found)
         if choice is not None and _fits(flow, choice, budget_bytes):
-            if fitting is None or choice.seconds < fitting.seconds:
-                fitting = choice
+            if fastest is None or choice.seconds < fastest.seconds:
+                fastest = choice
             low = limit
         else:
             high = limit
         if high - low <= NARROW * budget_bytes or low >= budget_bytes - flow.static_bytes:
             break
         limit = (low + high) // 2
-    if fitting is not None:
-        return fitting
+    if fastest is not None:
+        return fastest
     return fitting(flow, lowered(flow, pruned(flow, least), freedom), budget_bytes)
 
 
@@ -182,7 +182,7 @@ def lowered(flow: Dataflow, choice: Choice, freedom: Freedom) -> Choice:
             if freedom.repeat:
                 ephemeral = ephemeral | _made_for(flow, value, keep)
             trial = replace(choice, keep=keep, ephemeral=ephemeral)
-            if not _is_complete(flow, keep):
+            if not is_complete(flow, keep):
                 continue
             then = step_of(flow, trial)
             saved = (now.peak_bytes - then.peak_bytes) / max(1, now.peak_bytes)
@@ -219,7 +219,8 @@ def _made_for(flow: Dataflow, value: int, keep: frozenset[int]) -> frozenset[int
     return frozenset(found)
 
 
-def _is_complete(flow: Dataflow, keep: Collection[int]) -> bool:
+def is_complete(flow: Dataflow, keep: Collection[int]) -> bool:
+    """True where all that the backward needs is in `keep` or can be recomputed."""
     try:
         check_choice(flow, keep)
     except PlanError:
