@@ -1,7 +1,9 @@
 """What a pass is told about a program: what every node costs on one device, and its kernel scratch."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+
+from torch import fx
 
 from graphopt.cost_models.devices import Device
 from graphopt.cost_models.measured import probe, probe_key
@@ -18,6 +20,7 @@ class Costs:
     Where the program is a part of the step, `reserved_bytes` is what the other parts hold meanwhile,
     and `followed` says that parts come after it whose needs are not known yet. `merges_repeats` says
     that the compiler behind the passes runs equal operators on equal inputs once (Inductor does).
+    `probed` and `timed` say that scratch and seconds were measured here.
     """
 
     device: Device
@@ -26,12 +29,13 @@ class Costs:
     reserved_bytes: int = 0
     followed: bool = False
     merges_repeats: bool = False
+    probed: bool = False
+    timed: bool = False
 
     @staticmethod
     def of(program: Program, device: Device) -> "Costs":
         """Roofline costs of `program` on `device`, and the scratch that follows from the shapes."""
-        scratch = {n.name: workspace_bytes(n) for n in program.operators()}
-        return Costs(device, cost_table(program.graph, device), scratch)
+        return Costs(device, {}, {}).with_nodes(program.graph.nodes)
 
     @staticmethod
     def measured(program: Program, device: Device, *, seconds: bool = False) -> "Costs":
@@ -40,19 +44,23 @@ class Costs:
         Every distinct operator runs alone once, or a few times where it is timed; what was found is
         kept on disk.
         """
-        plain = Costs.of(program, device)
-        nodes = list(program.operators())
-        probes = probe(nodes, repeats=3 if seconds else 0)
-        table = dict(plain.nodes)
-        scratch = dict(plain.workspace_bytes)
-        for node in nodes:
+        return Costs(device, {}, {}, probed=True, timed=seconds).with_nodes(program.graph.nodes)
+
+    def with_nodes(self, nodes: Iterable[fx.Node]) -> "Costs":
+        """These costs with those of more nodes, found in the same way."""
+        new = list(nodes)
+        operators = (n for n in new if n.op not in ("placeholder", "output", "get_attr"))
+        table = {**self.nodes, **cost_table(new, self.device)}
+        scratch = {**self.workspace_bytes, **{n.name: workspace_bytes(n) for n in operators}}
+        probes = probe(new, repeats=3 if self.timed else 0) if self.probed else {}
+        for node in new:
             found = probes.get(probe_key(node) or "")
             if found is None or found.seconds is None:
                 continue
             scratch[node.name] = found.workspace_bytes
-            if seconds:
+            if self.timed:
                 table[node.name] = replace(table[node.name], seconds=found.seconds)
-        return Costs(device, table, scratch)
+        return replace(self, nodes=table, workspace_bytes=scratch)
 
     def dataflow(self, program: Program) -> Dataflow:
         """`program` as storages and operators with these costs."""

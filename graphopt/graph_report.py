@@ -10,8 +10,6 @@ from torch._prims.rng_prims import run_and_save_rng_state
 from graphopt.cost_models.costs import Costs
 from graphopt.cost_models.devices import format_bytes
 from graphopt.cost_models.memory import NO_PRODUCER, Dataflow
-from graphopt.cost_models.nodes import cost_table
-from graphopt.cost_models.workspace import workspace_bytes
 from graphopt.origin import Origin, format_seconds, operator_name, origin_of
 from graphopt.passes.checkpoint_choice import everything, holding_outputs
 from graphopt.passes.replay import RECOMPUTE_OF
@@ -166,7 +164,7 @@ class _Side:
 
     @staticmethod
     def after(record: GraphRecord) -> "_Side":
-        """A recomputation costs what its original does; what a pass made anew is predicted."""
+        """A recomputation costs what its original does; what a pass made anew is costed alike."""
         table, scratch, new = {}, {}, []
         for node in record.after.operators():
             name = node.meta.get(RECOMPUTE_OF, node.name)
@@ -175,9 +173,7 @@ class _Side:
                 scratch[node.name] = record.costs.workspace_bytes.get(name, 0)
             else:
                 new.append(node)
-                scratch[node.name] = workspace_bytes(node)
-        table.update(cost_table(new, record.costs.device))
-        costs = replace(record.costs, nodes=table, workspace_bytes=scratch)
+        costs = replace(record.costs, nodes=table, workspace_bytes=scratch).with_nodes(new)
         return _Side(record.after, costs, _holds_outputs(record))
 
     def fact(self, value: int, category: str, why: str = "") -> TensorFact:
