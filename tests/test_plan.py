@@ -70,8 +70,11 @@ def test_what_is_no_plan_is_refused(text: str, message: str) -> None:
 
 
 def test_a_checkpoint_plan_survives_json_and_prints_its_gain() -> None:
-    plan = CheckpointPlan(("a", "b"), ("c",), None, 5 * 2**20, 10 * 2**20, 2.0, 0.1, 100, 10)
+    plan = CheckpointPlan(("a", "b"), ("c",), ("d", "e"), None, 5 * 2**20, 10 * 2**20, 2.0, 0.1, 100, 10)
     assert CheckpointPlan.from_json(plan.to_json()) == plan
     assert str(plan).startswith("keep 2 tensors: peak ")
     assert "5.0% more time" in str(plan)
     assert "0.0% more time" in str(replace(plan, step_seconds=0.0))
+    bounded = replace(plan, least_recompute_seconds=0.08)
+    assert CheckpointPlan.from_json(bounded.to_json()) == bounded
+    assert str(bounded).endswith("5.0% more time, at least 4.0% by any plan")

@@ -237,7 +237,8 @@ def test_passes_are_values() -> None:
     assert Checkpoint(memory=0.5) == Checkpoint(memory=0.5) != Checkpoint(memory="min")
     assert hash(Checkpoint()) == hash(Checkpoint())
     assert repr(Checkpoint(memory="6GiB")) == (
-        "Checkpoint(memory='6GiB', activations=None, hold_outputs=False)"
+        "Checkpoint(memory='6GiB', activations=None, hold_outputs=False, "
+        "solver='graph', time_limit_s=60.0)"
     )
     assert Checkpoint.name == "checkpoint"
 
