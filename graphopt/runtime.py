@@ -9,6 +9,7 @@ import torch
 from torch import fx
 from torch._dynamo.backends.common import aot_autograd
 
+from graphopt.accumulation import Accumulation
 from graphopt.capture import Frame, frame_of, program_of
 from graphopt.cleanup import cleaned
 from graphopt.cost_models.costs import Costs
@@ -114,6 +115,7 @@ class _Graph:
         self.frame = frame
         self.unlikely: frozenset[str] = frozenset()
         self.full_backward: fx.GraphModule | None = None
+        self.accumulation = Accumulation(())
         self.record: int | None = None
 
     def partition(
@@ -121,6 +123,9 @@ class _Graph:
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         """AOTAutograd's partition function: plan, apply, split."""
         full = cleaned(program_of(joint, num_fwd_outputs, self.frame))
+        self.accumulation = Accumulation(
+            [i for i, item in enumerate(full.inputs) if item.role is Role.PARAMETER]
+        )
         if self.frame.broken_at is None:
             self.unlikely = unlikely_tangents(full)
         program = without_gradients(full, self.unlikely) if self.unlikely else full
@@ -182,12 +187,19 @@ class _Graph:
 
     def compile_forward(self, module: fx.GraphModule, _inputs: Sequence[Any]) -> Boxed:
         """The forward of a training step."""
-        return _eager(module)
+        forward = _eager(module)
+
+        def run(arguments: list[Any]) -> Sequence[Any]:
+            self.accumulation.note(arguments)
+            return forward(arguments)
+
+        run._boxed_call = True  # type: ignore[attr-defined]
+        return run
 
     def compile_backward(self, module: fx.GraphModule, _inputs: Sequence[Any]) -> Boxed:
         """The backward; where an unlikely gradient does arrive, the one that expects all of them."""
         placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
-        return self.backward_of(placeholders, _eager(module))
+        return self.backward_of(placeholders, _eager(module, self.accumulation))
 
     def backward_of(self, placeholders: Sequence[fx.Node], usual: Boxed) -> Boxed:
         """`usual` where no unlikely gradient arrives, else the full backward, in eager order."""
@@ -203,7 +215,7 @@ class _Graph:
             if expected or self.full_backward is None:
                 return usual(arguments)
             if not full:
-                full.append(_eager(self.full_backward))
+                full.append(_eager(self.full_backward, self.accumulation))
             return full[0](arguments)
 
         run._boxed_call = True  # type: ignore[attr-defined]
@@ -237,8 +249,10 @@ def _names(nodes: Sequence[fx.Node]) -> list[str]:
     return [n.name for n in nodes]
 
 
-def _eager(module: fx.GraphModule) -> Boxed:
+def _eager(module: fx.GraphModule, accumulation: Accumulation | None = None) -> Boxed:
     overwrite_dead_operands(module)
+    if accumulation is not None:
+        accumulation.insert(module)
     return boxed(module)
 
 
