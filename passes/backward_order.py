@@ -8,8 +8,11 @@ across the moment of the peak, as only what ran before that moment decides what 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
+from graphopt.cost_models.fast_schedule import Profile
 from graphopt.cost_models.memory import Dataflow
-from graphopt.cost_models.schedule import Timeline, anchors
+from graphopt.cost_models.schedule import anchors
 
 NEAR = 0.98  # of the peak: moments that count as being at it
 Order = tuple[int, ...]
@@ -105,41 +108,40 @@ def completed(flow: Dataflow, order: Sequence[int]) -> Order:
 
 
 def lower_order(
-    order: Order, precedence: Precedence, run: Callable[[Order], Timeline | None], enough: int = 0
+    order: Order, precedence: Precedence, run: Callable[[Order], Profile | None], enough: int = 0
 ) -> Order:
-    """`order`, changed move by move while that lowers the peak of its timeline.
+    """`order`, changed move by move while that lowers the peak of its profile.
 
     `run` simulates an order, and answers None when no more time is to be spent; the search ends at a
     peak of `enough` bytes.
     """
-    timeline = run(order)
-    while timeline is not None and timeline.peak_bytes > enough:
-        best: tuple[tuple[int, int], Order, Timeline] | None = None
-        height = _height(timeline)
-        for trial in _moves(order, precedence, _anchor_at_peak(order, timeline)):
+    profile = run(order)
+    while profile is not None and profile.peak_bytes > enough:
+        best: tuple[tuple[int, int], Order, Profile] | None = None
+        height = _height(profile)
+        for trial in _moves(order, precedence, _anchor_at_peak(order, profile)):
             found = run(trial)
             if found is None:
                 break
-            reached = _height(found, timeline.peak_bytes)
+            reached = _height(found, profile.peak_bytes)
             if reached < (best[0] if best else height):
                 best = reached, trial, found
         if best is None:
             break
-        _, order, timeline = best
+        _, order, profile = best
     return order
 
 
-def _height(timeline: Timeline, peak: int | None = None) -> tuple[int, int]:
-    top = timeline.peak_bytes
-    return top, sum(b >= NEAR * (peak or top) for b in timeline.during)
+def _height(profile: Profile, peak: int | None = None) -> tuple[int, int]:
+    top = profile.peak_bytes
+    return top, int(np.count_nonzero(profile.during >= NEAR * (peak or top)))
 
 
-def _anchor_at_peak(order: Order, timeline: Timeline) -> int:
+def _anchor_at_peak(order: Order, profile: Profile) -> int:
     """The place in `order` of the operator that runs at the peak, or for which others run then."""
     mine = set(order)
-    highest = timeline.during.index(timeline.peak_bytes)
-    served = next((s.operator for s in timeline.steps[highest:] if s.operator in mine), order[-1])
-    return order.index(served)
+    after = profile.operators[profile.during.argmax() :].tolist()
+    return order.index(next((index for index in after if index in mine), order[-1]))
 
 
 def _moves(order: Order, precedence: Precedence, peak: int) -> Iterator[Order]:

@@ -17,8 +17,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from graphopt.compiled import compiled
 from graphopt.errors import PlanError
-from graphopt.passes.compiled import compiled
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ searched for the lowest peak, and then the labels again under the new order.
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from graphopt.cost_models.memory import Operator
-from graphopt.cost_models.schedule import Step, Timeline, anchors, backward_steps, simulate
+from graphopt.cost_models.fast_schedule import FastBackward, Profile
+from graphopt.cost_models.schedule import Step, anchors, simulate
 from graphopt.passes.backward_order import Order, Precedence, lower_order
 from graphopt.passes.local_problem import LocalProblem
 
@@ -89,12 +89,18 @@ class _Search:
         self.flow = problem.flow
         self.order = tuple(anchors(problem.flow))
         self.found: dict[Labels, Option] = {}
-        self.anchored = frozenset(self.order)
         self.budget = SIMULATED_STEPS
         self.border_bytes = self._bytes(problem.borders)
         self.choices = self._choices()
         self.always = problem.must_keep | self._small()
         self.density = {v: self._density(v) for v in self.choices}
+        self.backward = FastBackward(
+            problem.flow,
+            problem.borders | problem.entering,
+            problem.must_keep,
+            problem.borders | problem.leaving,
+            problem.entering,
+        )
         self.asked = {v for a in self.order for v in self.flow.operators[a].reads}
 
     def run(self, seeds: Iterable[Labels]) -> tuple[Option, ...]:
@@ -109,7 +115,9 @@ class _Search:
                 self._descend(kept_weight, peak_weight)
         if self.freedom.reorder and self.found:
             self._reorder()
-        return tuple(self._with_forward(o) for o in pareto(self.found.values()))
+        good = pareto(self.found.values())
+        heights = {keep: self._forward_bytes(keep) for keep in {o.keep for o in good}}
+        return tuple(replace(o, forward_bytes=heights[o.keep]) for o in good)
 
     def _choices(self) -> list[int]:
         """Values made inside that could be recomputed, and are large enough to matter."""
@@ -157,19 +165,11 @@ class _Search:
                     rest = frozenset(self.choices) - keep
                     yield keep, frozenset(v for v in rest if self.density[v] <= below)
 
-    def _simulated(self, labels: Labels) -> tuple[frozenset[int], frozenset[int], Timeline]:
-        """What is kept of what was asked for, what is alive at the start, and the backward."""
+    def _simulated(self, labels: Labels) -> Profile:
         keep, ephemeral, order = labels
-        held = keep | self.always
-        steps = backward_steps(
-            self.flow, held | self.problem.borders | self.problem.entering, ephemeral, order
-        )
-        self.budget -= len(steps)
-        asked = {v for s in steps for v in self.flow.operators[s.operator].reads}
-        kept = held & (asked | self.problem.must_keep)
-        start = kept | self.problem.borders | self.problem.entering
-        end = self.problem.borders | self.problem.leaving
-        return kept, start, simulate(self.flow, steps, start, end, self.problem.entering)
+        profile = self.backward.run(keep | self.always, ephemeral, order)
+        self.budget -= len(profile.operators)
+        return profile
 
     def _try(self, labels: Labels) -> Option | None:
         if labels[1] and not self.freedom.repeat:
@@ -178,26 +178,19 @@ class _Search:
             return self.found[labels]
         if self.budget < 0:
             return None
-        kept, start, timeline = self._simulated(labels)
-        again = [self.flow.operators[s.operator] for s in timeline.steps]
-        again = [o for o, s in zip(again, timeline.steps, strict=True) if s.operator not in self.anchored]
+        profile = self._simulated(labels)
         option = Option(
-            kept,
+            profile.kept,
             labels[1],
             labels[2],
-            self._bytes(kept),
-            max(timeline.peak_bytes, self._bytes(start)) - self.border_bytes,
+            profile.kept_bytes,
+            max(profile.peak_bytes, profile.start_bytes) - self.border_bytes,
             0,
-            sum(o.seconds for o in again) - self._first_runs(again),
-            sum(o.flops for o in again if not o.backward),
+            profile.seconds,
+            profile.flops,
         )
         self.found[labels] = option
         return option
-
-    def _first_runs(self, again: Iterable[Operator]) -> float:
-        """Seconds of operators that the backward runs on demand, once each: no recomputation."""
-        first = {o.writes: o for o in again if o.backward}
-        return sum(o.seconds for o in first.values())
 
     def _reorder(self) -> None:
         """Better orders for the options of the lowest peak; then every good option under them."""
@@ -221,10 +214,8 @@ class _Search:
     def _lower_order(self, option: Option, ephemeral: frozenset[int], precedence: Precedence) -> Order:
         keep = option.keep & frozenset(self.choices)
 
-        def run(order: Order) -> Timeline | None:
-            if self.budget < 0:
-                return None
-            return self._simulated((keep, ephemeral, order))[2]
+        def run(order: Order) -> Profile | None:
+            return None if self.budget < 0 else self._simulated((keep, ephemeral, order))
 
         return lower_order(option.order, precedence, run)
 
@@ -250,12 +241,12 @@ class _Search:
     def _is_forward(self, value: int) -> bool:
         return not self.flow.operators[self.flow.values[value].producer].backward
 
-    def _with_forward(self, option: Option) -> Option:
-        """`option` with the peak of its forward."""
+    def _forward_bytes(self, keep: frozenset[int]) -> int:
+        """The peak of the forward that keeps `keep`, borders excluded."""
         steps = [Step(i, self.flow.operators[i].writes) for i in self.flow.forward]
-        end = self.problem.borders | self.problem.leaving_forward | option.keep
+        end = self.problem.borders | self.problem.leaving_forward | keep
         timeline = simulate(self.flow, steps, self.problem.borders, end)
-        return replace(option, forward_bytes=timeline.peak_bytes - self.border_bytes)
+        return timeline.peak_bytes - self.border_bytes
 
 
 def _peak_bytes(option: Option) -> int:

@@ -18,8 +18,9 @@ FOLDER_FLOORS = {"cost_models": 1, "passes": 2, "codegen": 3}
 # Every module of graphopt/ has its floor here, except __init__, which only names what is public.
 MODULE_FLOORS = {
     **dict.fromkeys(
-        ["accumulation", "capture", "errors", "ops", "plan", "program", "split", "tangents"], 0
+        ["accumulation", "capture", "compiled", "errors", "ops", "plan", "program", "split"], 0
     ),
+    "tangents": 0,
     "__version__": 0,  # a text of graphopt/__init__
     **dict.fromkeys(["cleanup", "origin", "tracing", "verify"], 0),
     **dict.fromkeys(["__main__", "api", "cli", "inductor", "lower", "measurement", "models"], 4),

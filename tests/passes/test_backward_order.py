@@ -13,18 +13,19 @@ from random_flows import training_flows
 from graphopt import Checkpoint, PlanError
 from graphopt.cost_models.costs import Costs
 from graphopt.cost_models.devices import get_device
+from graphopt.cost_models.fast_schedule import FastBackward, Profile
 from graphopt.cost_models.memory import NO_PRODUCER, Dataflow, Operator, Value
-from graphopt.cost_models.schedule import Timeline, anchors, backward_steps, simulate
+from graphopt.cost_models.schedule import anchors, backward_steps
 from graphopt.passes.backward_order import Precedence, check_order, completed, lower_order
 from graphopt.passes.checkpoint_choice import everything, order_named, order_names
 
 CPU = get_device("h100")
 
 
-def timeline(flow: Dataflow, order: tuple[int, ...]) -> Timeline:
+def profile(flow: Dataflow, order: tuple[int, ...]) -> Profile:
     """The backward in `order` with everything kept."""
     keep = everything(flow).keep
-    return simulate(flow, backward_steps(flow, keep, (), order), keep, flow.gradients)
+    return FastBackward(flow, (), (), flow.gradients, ()).run(keep, (), order)
 
 
 def late(
@@ -53,10 +54,10 @@ def two_arms() -> Dataflow:
 def test_an_arm_is_finished_before_the_next_is_opened() -> None:
     flow = two_arms()
     order = (0, 1, 2, 3)
-    assert timeline(flow, order).peak_bytes == 201
-    better = lower_order(order, Precedence.of(flow), lambda o: timeline(flow, o))
+    assert profile(flow, order).peak_bytes == 201
+    better = lower_order(order, Precedence.of(flow), lambda o: profile(flow, o))
     assert better in {(0, 2, 1, 3), (1, 3, 0, 2)}
-    assert timeline(flow, better).peak_bytes == 102
+    assert profile(flow, better).peak_bytes == 102
 
 
 def test_an_operator_with_effects_keeps_its_place() -> None:
@@ -65,16 +66,16 @@ def test_an_operator_with_effects_keeps_its_place() -> None:
     changed = (first, late("other", (0,), (3,), recomputable=False), *rest)
     flow = Dataflow(changed, flow.values, {}, frozenset(), (), (2, 4), 0)
     assert check_order(flow, (0, 2, 1, 3)) == "wide_end comes before other, which it needs"
-    assert lower_order((0, 1, 2, 3), Precedence.of(flow), lambda o: timeline(flow, o)) == (0, 1, 2, 3)
+    assert lower_order((0, 1, 2, 3), Precedence.of(flow), lambda o: profile(flow, o)) == (0, 1, 2, 3)
 
 
 @settings(max_examples=60)
 @given(training_flows(operators=6))
 def test_the_order_found_is_valid_and_never_worse(flow: Dataflow) -> None:
     order = tuple(anchors(flow))
-    found = lower_order(order, Precedence.of(flow), lambda o: timeline(flow, o))
+    found = lower_order(order, Precedence.of(flow), lambda o: profile(flow, o))
     assert check_order(flow, found) is None
-    assert timeline(flow, found).peak_bytes <= timeline(flow, order).peak_bytes
+    assert profile(flow, found).peak_bytes <= profile(flow, order).peak_bytes
 
 
 @settings(max_examples=30)
@@ -84,9 +85,9 @@ def test_no_order_is_much_better_than_the_one_found(flow: Dataflow) -> None:
     order = tuple(anchors(flow))[:7]
     trials = [o for o in itertools.permutations(order) if len(order) == len(anchors(flow))]
     valid = [o for o in trials if check_order(flow, o) is None]
-    found = lower_order(order, Precedence.of(flow), lambda o: timeline(flow, o)) if valid else ()
+    found = lower_order(order, Precedence.of(flow), lambda o: profile(flow, o)) if valid else ()
     for trial in valid:
-        assert timeline(flow, found).peak_bytes <= 1.1 * timeline(flow, trial).peak_bytes
+        assert profile(flow, found).peak_bytes <= 1.1 * profile(flow, trial).peak_bytes
 
 
 @settings(max_examples=60)
@@ -106,9 +107,9 @@ def test_every_valid_order_runs_what_the_program_runs(flow: Dataflow, seed: int)
 def test_the_search_stops_when_no_time_is_left() -> None:
     flow, left = two_arms(), [3]
 
-    def run(order: tuple[int, ...]) -> Timeline | None:
+    def run(order: tuple[int, ...]) -> Profile | None:
         left[0] -= 1
-        return timeline(flow, order) if left[0] > 0 else None
+        return profile(flow, order) if left[0] > 0 else None
 
     assert sorted(lower_order((0, 1, 2, 3), Precedence.of(flow), run)) == [0, 1, 2, 3]
     assert left[0] >= -1
