@@ -14,9 +14,12 @@ def compiled(function: Callable[..., Any], *, on_disk: bool = False) -> Callable
     """
     import numba
 
+    fast: Callable[..., Any]
     if on_disk:
         try:
-            return numba.njit(cache=True)(function)  # type: ignore[no-any-return]
+            fast = numba.njit(cache=True)(function)
         except RuntimeError:  # there is no such folder
-            pass
-    return numba.njit(function)  # type: ignore[no-any-return]
+            fast = numba.njit(function)
+    else:
+        fast = numba.njit(function)
+    return fast
