@@ -1,6 +1,6 @@
 """A node's op as a call that can be made: layouts for tensors, and tensors made up for them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,6 +10,10 @@ from torch.utils import _pytree as pytree
 from graphopt.cost_models.nodes import runs_kernel
 from graphopt.cost_models.values import hint, operands, output_tensors, shape_of
 
+aten = torch.ops.aten
+
+# The arguments of convolutions that are images, or their gradients.
+_IMAGES = {aten.convolution.default: (0,), aten.convolution_backward.default: (0, 1)}
 _PATTERN = 4096  # made-up floating tensors repeat so many random numbers
 
 
@@ -58,11 +62,12 @@ class Call:
         return [leaf for leaf in leaves if isinstance(leaf, TensorSpec)]
 
 
-def call_of(node: fx.Node) -> Call | None:
+def call_of(node: fx.Node, channels_last: bool = False) -> Call | None:
     """The op of `node` with specs for its tensors; None where it cannot be run alone.
 
     That are views, collectives, higher-order ops, custom ops (nothing is known of the values they
-    allow), and ops whose output sizes depend on values.
+    allow), and ops whose output sizes depend on values. With `channels_last` convolutions get images in
+    that layout, whatever the trace says.
     """
     if not runs_kernel(node) or not isinstance(node.target, torch._ops.OpOverload):
         return None
@@ -74,8 +79,19 @@ def call_of(node: fx.Node) -> Call | None:
         args, kwargs = pytree.tree_map(_spec, operands(node))
     except _UnknownValue:
         return None
+    if channels_last and node.target in _IMAGES:
+        images = _IMAGES[node.target]
+        args = [_channels_last(a) if i in images else a for i, a in enumerate(args)]
     device = output_tensors(node)[0].device
     return Call(node.target, tuple(args), kwargs, device)
+
+
+def _channels_last(spec: TensorSpec) -> TensorSpec:
+    if len(spec.sizes) != 4:
+        return spec
+    _, channels, height, width = spec.sizes
+    strides = (channels * height * width, 1, width * channels, channels)
+    return replace(spec, strides=strides)
 
 
 def _sizes_depend_on_data(op: torch._ops.OpOverload) -> bool:

@@ -18,8 +18,9 @@ class Costs:
     """`nodes`: cost by node name. `workspace_bytes`: scratch that a kernel holds while it runs.
 
     Where the program is a part of the step, `reserved_bytes` is what the other parts hold meanwhile,
-    and `followed` says that parts come after it whose needs are not known yet. `merges_repeats` says
-    that the compiler behind the passes runs equal operators on equal inputs once (Inductor does).
+    and `followed` says that parts come after it whose needs are not known yet. `fused` says that Inductor
+    runs the program: it merges equal operators on equal inputs, does not always write over operands
+    that die, and gives convolutions images in the channels-last layout.
     `probed` and `timed` say that scratch and seconds were measured here.
     """
 
@@ -28,7 +29,7 @@ class Costs:
     workspace_bytes: Mapping[str, int]
     reserved_bytes: int = 0
     followed: bool = False
-    merges_repeats: bool = False
+    fused: bool = False
     probed: bool = False
     timed: bool = False
 
@@ -38,13 +39,16 @@ class Costs:
         return Costs(device, {}, {}).with_nodes(program.graph.nodes)
 
     @staticmethod
-    def measured(program: Program, device: Device, *, seconds: bool = False) -> "Costs":
+    def measured(
+        program: Program, device: Device, *, seconds: bool = False, fused: bool = False
+    ) -> "Costs":
         """As `of`, with the scratch of each kernel measured here; with `seconds`, also its time.
 
         Every distinct operator runs alone once, or a few times where it is timed; what was found is
         kept on disk.
         """
-        return Costs(device, {}, {}, probed=True, timed=seconds).with_nodes(program.graph.nodes)
+        costs = Costs(device, {}, {}, fused=fused, probed=True, timed=seconds)
+        return costs.with_nodes(program.graph.nodes)
 
     def with_nodes(self, nodes: Iterable[fx.Node]) -> "Costs":
         """These costs with those of more nodes, found in the same way."""
@@ -53,11 +57,13 @@ class Costs:
         table = {**self.nodes, **cost_table(new, self.device)}
         scratch = {**self.workspace_bytes, **{n.name: workspace_bytes(n) for n in operators}}
         probes = probe(new, repeats=3 if self.timed else 0) if self.probed else {}
+        last = probe(new, repeats=0, channels_last=True) if self.probed and self.fused else {}
         for node in new:
             found = probes.get(probe_key(node) or "")
             if found is None or found.seconds is None:
                 continue
-            scratch[node.name] = found.workspace_bytes
+            other = last.get(probe_key(node, channels_last=True) or "", found)
+            scratch[node.name] = max(found.workspace_bytes, other.workspace_bytes)
             if self.timed:
                 table[node.name] = replace(table[node.name], seconds=found.seconds)
         return replace(self, nodes=table, workspace_bytes=scratch)
@@ -65,4 +71,6 @@ class Costs:
     def dataflow(self, program: Program) -> Dataflow:
         """`program` as storages and operators with these costs."""
         flow = dataflow(program, self.nodes, self.workspace_bytes)
+        if self.fused:
+            flow = replace(flow, operators=tuple(replace(o, reusable=()) for o in flow.operators))
         return replace(flow, static_bytes=flow.static_bytes + self.reserved_bytes)

@@ -49,15 +49,20 @@ class Probe:
 
 
 def probe(
-    nodes: Iterable[fx.Node], *, repeats: int = 3, cache: Path | None = DEFAULT_CACHE
+    nodes: Iterable[fx.Node],
+    *,
+    repeats: int = 3,
+    cache: Path | None = DEFAULT_CACHE,
+    channels_last: bool = False,
 ) -> dict[str, Probe]:
     """Run each distinct node that can be run alone; the result is by `probe_key`.
 
     Views, collectives, higher-order ops, custom ops, and ops whose output sizes depend on their
     values are left out. The random number generators are as before afterwards. Results are kept
-    in the folder `cache` per device and version of torch; None keeps nothing.
+    in the folder `cache` per device and version of torch; None keeps nothing. With `channels_last`
+    convolutions run on images of that layout.
     """
-    found = (call_of(node) for node in nodes)
+    found = (call_of(node, channels_last) for node in nodes)
     calls = {call.key: call for call in found if call is not None}
     probes: dict[str, Probe] = {}
     for device in dict.fromkeys(call.device for call in calls.values()):
@@ -72,9 +77,9 @@ def probe(
     return probes
 
 
-def probe_key(node: fx.Node) -> str | None:
+def probe_key(node: fx.Node, channels_last: bool = False) -> str | None:
     """The key of `node` in the result of `probe`; None for a node that is never probed."""
-    call = call_of(node)
+    call = call_of(node, channels_last)
     return None if call is None else call.key
 
 

@@ -8,6 +8,10 @@ from torch import fx
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 
+from graphopt.cost_models.nodes import runs_kernel
+
+aten = torch.ops.aten
+
 
 class PlannedGraph(Protocol):
     """What this module asks of a graph on its way through AOTAutograd."""
@@ -42,8 +46,29 @@ def compile_with_inductor(
 
 def _let_strides_change(backward: fx.GraphModule) -> None:
     """Views of saved tensors become reshapes: Inductor may save a tensor in another layout."""
-    for node in backward.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
-        node.target = torch.ops.aten.reshape.default
+    for node in backward.graph.find_nodes(op="call_function", target=aten.view.default):
+        node.target = aten.reshape.default
+
+
+def let_products_stay(part: fx.GraphModule) -> None:
+    """Products that are added to something later stay where the plan has them.
+
+    Inductor makes one `addmm` of a product and a sum, at the place of the sum, up to which the operands
+    of the product would stay alive. Its pattern does not see through two views that do nothing.
+    """
+    place = {n: i for i, n in enumerate(n for n in part.graph.nodes if runs_kernel(n))}
+    for node in part.graph.find_nodes(op="call_function", target=aten.add.Tensor):
+        for product in node.all_input_nodes:
+            if product.target is aten.mm.default and place[node] > place[product] + 1:
+                with part.graph.inserting_before(node):
+                    flat = part.graph.call_function(aten.view.default, (product, [-1]))
+                    same = part.graph.call_function(
+                        aten.view.default, (flat, list(product.meta["val"].shape))
+                    )
+                flat.meta = product.meta | {"val": product.meta["val"].view(-1)}
+                same.meta = dict(product.meta)
+                node.replace_input_with(product, same)
+    part.recompile()
 
 
 class _Partitioner(CustomPartitionerFn):
@@ -55,6 +80,7 @@ class _Partitioner(CustomPartitionerFn):
     def __call__(self, gm: torch.fx.GraphModule, joint_inputs: Sequence[object], **options: Any) -> Any:
         forward, backward = self.graph.partition(gm, joint_inputs, **options)
         _let_strides_change(backward)
+        let_products_stay(backward)
         return forward, backward
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Partitioner":

@@ -158,13 +158,13 @@ class _Graph:
         return planned
 
     def _costs(self, program: Program) -> Costs:
-        costs = Costs.measured(program, self.settings.device, seconds=self.settings.profile)
+        fused = self.settings.compiler == "inductor"
+        costs = Costs.measured(program, self.settings.device, seconds=self.settings.profile, fused=fused)
         reserved = _held_elsewhere(self.log, program, self.frame.broken_at is not None)
         return replace(
             costs,
             reserved_bytes=reserved,
             followed=self.frame.broken_at is not None,
-            merges_repeats=self.settings.compiler == "inductor",
         )
 
     def _replay_on(self, full: Program) -> Program:

@@ -124,7 +124,7 @@ class Checkpoint(Pass):
         if not program.is_joint:
             return _plan(flow, everything(flow), budget, baseline)
         wish = self.memory if self.activations is None else self.activations
-        free = not costs.merges_repeats
+        free = not costs.fused
         search = Search(leave_room=costs.followed, freedom=Freedom(free, free))
         if self.solver in SOLVERS:
             choice = fitting(flow, subset_choice(flow, self.solver, budget), budget)

@@ -1,0 +1,99 @@
+"""Planned graphs that Inductor runs: the same gradients, and a peak that the prediction covers."""
+
+import copy
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from graphopt import measure, optimize
+from graphopt.cost_models.calls import call_of
+from graphopt.cost_models.costs import Costs
+from graphopt.cost_models.devices import get_device
+from graphopt.inductor import let_products_stay
+from graphopt.tracing import trace
+
+aten = torch.ops.aten
+
+
+class Tied(nn.Module):
+    """Embedding and projection share a weight; its two gradients are added late in the backward."""
+
+    def __init__(self, words: int = 512, width: int = 64, depth: int = 4) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(words, width)
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        h = self.embedding(tokens)
+        for layer in self.layers:
+            h = h + F.gelu(layer(h))
+        logits = h @ self.embedding.weight.t()
+        return F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+
+
+def sum_of_products(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A product that is added to something that comes later, and one that is added at once."""
+    late = x @ y
+    between = torch.tanh(x) * y
+    now = between @ y
+    return now + between, late + between
+
+
+def test_a_product_that_is_added_later_is_out_of_sight_of_addmm() -> None:
+    x, y = torch.randn(2, 6, 6)
+    module = make_fx(sum_of_products, tracing_mode="fake")(x, y)
+    let_products_stay(module)
+    module.graph.lint()
+    now, late = module.graph.find_nodes(op="call_function", target=aten.add.Tensor)
+    assert now.args[0].target is aten.mm.default
+    same = late.args[0]
+    assert same.target is same.args[0].target is aten.view.default
+    assert same.args[0].args[0].target is aten.mm.default
+    assert same.meta["val"].shape == (6, 6) and same.args[0].meta["val"].shape == (36,)
+    for mine, theirs in zip(module(x, y), sum_of_products(x, y), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_convolutions_are_probed_in_the_layout_that_inductor_gives_them() -> None:
+    program = trace(nn.Conv2d(3, 4, 3), torch.zeros(2, 3, 8, 8))
+    for node in program.operators():
+        if node.target is aten.convolution.default:
+            image, weight = call_of(node, channels_last=True).args[:2]
+            assert image.strides == (192, 1, 24, 3) and weight.strides == (27, 9, 3, 1)
+            assert call_of(node).args[0].strides == (192, 64, 8, 1)
+        elif node.target is aten.convolution_backward.default:
+            gradient, image = call_of(node, channels_last=True).args[:2]
+            assert gradient.strides == (144, 1, 24, 4) and image.strides == (192, 1, 24, 3)
+        elif call_of(node) is not None:
+            assert call_of(node, channels_last=True) == call_of(node)
+
+
+def test_costs_for_inductor_write_over_nothing() -> None:
+    program = trace(Tied(), torch.zeros(4, 32, dtype=torch.int64))
+    device = get_device("h100")
+    eager = Costs.of(program, device).dataflow(program)
+    fused = Costs.measured(program, device, fused=True).dataflow(program)
+    assert any(o.reusable for o in eager.operators)
+    assert not any(o.reusable for o in fused.operators)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
+def test_a_tied_model_in_little_memory() -> None:
+    torch.manual_seed(0)
+    model = Tied()
+    tokens = torch.randint(0, 512, (8, 64))
+    optimized = optimize(copy.deepcopy(model), memory="min", compiler="inductor")
+    model(tokens).backward()
+    optimized(tokens).backward()
+    for p, q in zip(model.parameters(), optimized.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-6)
+    optimized.zero_grad()
+    record = optimized._graphopt.log.records[-1]
+    plan = record.steps[-1].plan
+    static = record.costs.dataflow(record.before).static_bytes
+    measured = measure(lambda: optimized(tokens).backward()).peak_bytes
+    assert measured <= 1.02 * (plan.peak_bytes - static)
