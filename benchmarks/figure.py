@@ -1,6 +1,6 @@
 """The fronts as a picture: memory against recomputation, per model, from `checkpoint_front`'s results.
 
-    python benchmarks/figure.py [--models gpt2,bert,t5] [--out docs/fronts.svg]
+    python benchmarks/figure.py [--models gpt2,llama,bert] [--out docs/fronts.svg]
 
 Needs matplotlib.
 """
@@ -58,7 +58,7 @@ def main() -> None:
     from matplotlib import pyplot
 
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", default="gpt2,bert,t5")
+    parser.add_argument("--models", default="gpt2,llama,bert")
     parser.add_argument("--out", default=str(Path(__file__).parent.parent / "docs" / "fronts.svg"))
     options = parser.parse_args()
     data = stored("checkpoint_front", {})
