@@ -19,7 +19,7 @@ from graphopt.lower import boxed, overwrite_dead_operands
 from graphopt.numerics import compare_numerics
 from graphopt.passes.base import Pass
 from graphopt.passes.pipeline import PassStep, run_passes
-from graphopt.program import Program, Role, leaves
+from graphopt.program import Program, Role, leaves, tensors_of
 from graphopt.split import backward_module, forward_module, saved_nodes
 from graphopt.tangents import unlikely_tangents, without_gradients
 
@@ -161,6 +161,7 @@ class _Graph:
         fused = self.settings.compiler == "inductor"
         costs = Costs.measured(program, self.settings.device, seconds=self.settings.profile, fused=fused)
         reserved = _held_elsewhere(self.log, program, self.frame.broken_at is not None)
+        reserved += 2 * _bytes_of_numbers(program)  # the loss and its gradient, which the caller holds
         return replace(
             costs,
             reserved_bytes=reserved,
@@ -243,6 +244,13 @@ def _held_elsewhere(log: Log, program: Program, followed: bool) -> int:
 def _bytes_of(program: Program, *roles: Role) -> int:
     nodes = (n for n in program.graph.nodes if program.roles.get(n.name) in roles)
     return sum(leaf.nbytes for n in nodes for leaf in leaves(n))
+
+
+def _bytes_of_numbers(program: Program) -> int:
+    """Bytes of the gradients that come back to outputs of one element."""
+    nodes = (n for n in program.graph.nodes if program.roles.get(n.name) is Role.TANGENT)
+    tensors = [t for n in nodes for t in tensors_of(n) if t is not None and t.numel() == 1]
+    return sum(t.element_size() for t in tensors)
 
 
 def _names(nodes: Sequence[fx.Node]) -> list[str]:
