@@ -46,10 +46,8 @@ def peer_point(peer: Peer, model: Any, batch: Any, eager_total: int, rounds: int
         with running(peer, model) as ready:
             found = peak_of(ready.module, batch)
             if peer.compiler:
-                joint = sum(before for before, _ in ready.counts)
-                outside = outside_flops(ready.module, batch, eager_total - joint)
-                point |= {"graphs": len(ready.counts), "joint_flops": joint}
-                point["recomputed_flops"] = ready.recomputed_flops + outside
+                point |= {"graphs": len(ready.counts), "recomputed_flops": ready.recomputed_flops}
+                point["joint_flops"] = sum(before for before, _ in ready.counts)
             else:
                 total = eager_flops(lambda: run_step(ready.module, batch))
                 point["recomputed_flops"] = total - eager_total
@@ -57,14 +55,6 @@ def peer_point(peer: Peer, model: Any, batch: Any, eager_total: int, rounds: int
     except Exception as error:
         point["error"] = f"{type(error).__name__}: {str(error)[:160]}"
     return point
-
-
-def outside_flops(module: Any, batch: Any, expected: int) -> int:
-    """What a compiled step recomputes outside its graphs, which hold all but `expected` of its FLOPs.
-
-    A counter of FLOPs sees no compiled code: what it counts ran outside.
-    """
-    return eager_flops(lambda: run_step(module, batch)) - expected if expected else 0
 
 
 def our_point(label: str, model: Any, batch: Any, rounds: int, **options: Any) -> dict[str, Any]:
