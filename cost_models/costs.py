@@ -9,6 +9,7 @@ from graphopt.cost_models.devices import Device
 from graphopt.cost_models.measured import probe, probe_key
 from graphopt.cost_models.memory import Dataflow, dataflow
 from graphopt.cost_models.nodes import NodeCost, cost_table
+from graphopt.cost_models.streamed import is_streamed, scratch_bytes
 from graphopt.cost_models.workspace import workspace_bytes
 from graphopt.program import Program
 
@@ -59,6 +60,8 @@ class Costs:
         probes = probe(new, repeats=3 if self.timed else 0) if self.probed else {}
         last = probe(new, repeats=0, channels_last=True) if self.probed and self.fused else {}
         for node in new:
+            if self.probed and is_streamed(node):
+                scratch[node.name] = scratch_bytes(node, probed=True)
             found = probes.get(probe_key(node) or "")
             if found is None or found.seconds is None:
                 continue

@@ -24,6 +24,7 @@ from graphopt.cost_models.values import (
     touched_bytes,
 )
 from graphopt.ops import is_collective, is_random
+from graphopt.stream_ops import BODY_OF
 
 aten = torch.ops.aten
 
@@ -101,6 +102,10 @@ def node_cost(node: fx.Node, device: Device) -> NodeCost:
     """The cost of one node on `device`."""
     if not runs_kernel(node):
         return FREE
+    if node.target in BODY_OF:
+        from graphopt.cost_models.streamed import streamed_cost  # which needs this module
+
+        return streamed_cost(node, device)
     flops, read, written = node_flops(node), read_bytes(node), write_bytes(node)
     elementwise = _elementwise_ops(node, device)
     seconds = roofline.seconds(

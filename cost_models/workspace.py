@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from graphopt.cost_models.streamed import is_streamed, scratch_bytes
 from graphopt.cost_models.values import hint, operands, shape_of, strides_of
 
 aten = torch.ops.aten
@@ -23,6 +24,8 @@ aten = torch.ops.aten
 
 def workspace_bytes(node: fx.Node) -> int:
     """Bytes that the kernel of `node` holds on a CPU besides its inputs and outputs, at least."""
+    if is_streamed(node):
+        return scratch_bytes(node)
     rule = _RULES.get(node.target)
     if rule is None:
         return 0

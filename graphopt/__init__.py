@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from graphopt.errors import CodegenError, GraphoptError, PlanError, TraceError, VerifyError
     from graphopt.measurement import measure
     from graphopt.passes.checkpoint import Checkpoint
+    from graphopt.passes.stream_loss import StreamLoss
     from graphopt.program import Program
     from graphopt.report import Report
     from graphopt.tracing import trace
@@ -31,6 +32,7 @@ __all__ = [
     "PlanError",
     "Program",
     "Report",
+    "StreamLoss",
     "TraceError",
     "VerifyError",
     "__version__",
@@ -57,6 +59,7 @@ _LAZY = {
     "PlanError": "graphopt.errors",
     "Program": "graphopt.program",
     "Report": "graphopt.report",
+    "StreamLoss": "graphopt.passes.stream_loss",
     "TraceError": "graphopt.errors",
     "VerifyError": "graphopt.errors",
     "measure": "graphopt.measurement",

@@ -137,15 +137,19 @@ def storage_nbytes(tensor: torch.Tensor) -> int:
 def record_leaves(graph: fx.Graph) -> None:
     """Write into every node whose storage each of its tensors is, as tracing saw it."""
     for node in graph.nodes:
-        if node.op == "output":
-            continue
-        found = []
-        for tensor in tensors_of(node):
-            if tensor is None:
-                found.append(Leaf(0, None))
-            else:
-                found.append(Leaf(storage_nbytes(tensor), _alias(node, tensor)))
-        node.meta[LEAVES] = tuple(found)
+        if node.op != "output":
+            record_leaves_of(node)
+
+
+def record_leaves_of(node: fx.Node) -> None:
+    """Write into `node` whose storage each of its tensors is; `node.meta["val"]` holds them."""
+    found = []
+    for tensor in tensors_of(node):
+        if tensor is None:
+            found.append(Leaf(0, None))
+        else:
+            found.append(Leaf(storage_nbytes(tensor), _alias(node, tensor)))
+    node.meta[LEAVES] = tuple(found)
 
 
 def _alias(node: fx.Node, tensor: torch.Tensor) -> tuple[int, int] | None:

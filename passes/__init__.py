@@ -5,14 +5,18 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from graphopt.passes.checkpoint import Checkpoint
+    from graphopt.passes.stream_loss import StreamLoss
 
 if __name__ != "graphopt.passes":
     raise ImportError(f"import this package as graphopt.passes, not as {__name__}")
 
-__all__ = ["Checkpoint"]
+__all__ = ["Checkpoint", "StreamLoss"]
 
 # Public name -> the module that defines it.
-_LAZY = {"Checkpoint": "graphopt.passes.checkpoint"}
+_LAZY = {
+    "Checkpoint": "graphopt.passes.checkpoint",
+    "StreamLoss": "graphopt.passes.stream_loss",
+}
 
 if not TYPE_CHECKING:  # a type checker reads the imports above, and knows which names are there
 
