@@ -155,7 +155,7 @@ def write_json(path: Path, content: Any) -> None:
         with tempfile.NamedTemporaryFile(
             "w", encoding="utf-8", dir=path.parent, suffix=".tmp", delete=False
         ) as file:
-            json.dump(content, file, indent=1)
+            file.write(json.dumps(content))
         os.replace(file.name, path)
     except OSError:
         return

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -219,7 +220,17 @@ def _device_key(device: torch.device) -> str:
     return f"{device.type} {name}, torch {torch.__version__}"
 
 
-def _read(path: Path) -> dict[str, Probe]:
+def _read(path: Path) -> Mapping[str, Probe]:
+    """The probes that are kept in a file, which is parsed anew only where it was written since."""
+    try:
+        state = path.stat()
+    except OSError:
+        return {}
+    return _parsed(path, state.st_mtime_ns, state.st_size)
+
+
+@lru_cache(maxsize=8)
+def _parsed(path: Path, _written_ns: int, _nbytes: int) -> Mapping[str, Probe]:
     return {key: Probe(*values) for key, values in (read_json(path) or {}).items()}
 
 

@@ -12,7 +12,10 @@ if TYPE_CHECKING:
     from graphopt.cost_models.devices import GB, Cluster, Device, GiB
     from graphopt.errors import CodegenError, GraphoptError, PlanError, TraceError, VerifyError
     from graphopt.measurement import measure
+    from graphopt.passes.calibration import calibration_gradients
     from graphopt.passes.checkpoint import Checkpoint
+    from graphopt.passes.patch_inference import PatchInference
+    from graphopt.passes.sparse_update import SparseUpdate
     from graphopt.passes.stream_loss import StreamLoss
     from graphopt.program import Program
     from graphopt.report import Report
@@ -29,13 +32,16 @@ __all__ = [
     "GiB",
     "GraphoptError",
     "OptimizedModule",
+    "PatchInference",
     "PlanError",
     "Program",
     "Report",
+    "SparseUpdate",
     "StreamLoss",
     "TraceError",
     "VerifyError",
     "__version__",
+    "calibration_gradients",
     "measure",
     "optimize",
     "trace",
@@ -56,12 +62,15 @@ _LAZY = {
     "GiB": "graphopt.cost_models.devices",
     "GraphoptError": "graphopt.errors",
     "OptimizedModule": "graphopt.api",
+    "PatchInference": "graphopt.passes.patch_inference",
     "PlanError": "graphopt.errors",
     "Program": "graphopt.program",
     "Report": "graphopt.report",
+    "SparseUpdate": "graphopt.passes.sparse_update",
     "StreamLoss": "graphopt.passes.stream_loss",
     "TraceError": "graphopt.errors",
     "VerifyError": "graphopt.errors",
+    "calibration_gradients": "graphopt.passes.calibration",
     "measure": "graphopt.measurement",
     "optimize": "graphopt.api",
     "trace": "graphopt.tracing",

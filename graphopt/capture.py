@@ -58,10 +58,14 @@ def _label(node: fx.Node) -> str:
         return str(node.target)
     keys = re.findall(r"\['([^']*)'\]|\.([A-Za-z_]\w*)|\[(\d+)\]", name)
     parts = [next(p for p in key if p) for key in keys]
-    hidden = {"_modules", "_parameters", "_buffers", "self", "kwargs", "args", "__self__"}
+    held = {"_modules", "_parameters", "_buffers"}
+    hidden = held | {"self", "kwargs", "args"}
     if parts[:1] == ["fn"]:  # Dynamo's own wrapper around a module of torch.nn
         parts = parts[1:]
-    label = ".".join(p for p in parts if p not in hidden) or name
+    if "__self__" in parts:  # a method; what it is called says nothing about its module
+        parts = parts[parts.index("__self__") + 1 :]
+    after = zip(["", *parts], parts, strict=False)  # a module may well be called `self`
+    label = ".".join(p for before, p in after if p not in hidden or before in held) or name
     return f"args[{label}]" if label.isdigit() else label
 
 

@@ -43,6 +43,8 @@ _OVERWRITE: dict[Any, tuple[Any, tuple[int, ...], bool]] = {
     aten.rsqrt.default: (aten.rsqrt.out, (0,), True),
     aten.sqrt.default: (aten.sqrt.out, (0,), True),
     aten.relu.default: (aten.relu_.default, (0,), False),
+    aten.hardtanh.default: (aten.hardtanh_.default, (0,), False),
+    aten.hardswish.default: (aten.hardswish_.default, (0,), False),
     aten.gelu.default: (aten.gelu.out, (0,), True),
     aten.silu.default: (aten.silu.out, (0,), True),
     aten.pow.Tensor_Scalar: (aten.pow.Tensor_Scalar_out, (0,), True),

@@ -1,7 +1,7 @@
 """A Program: one traced step as an FX graph of ATen operators, with roles and storages recorded."""
 
 import enum
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -138,18 +138,39 @@ def record_leaves(graph: fx.Graph) -> None:
     """Write into every node whose storage each of its tensors is, as tracing saw it."""
     for node in graph.nodes:
         if node.op != "output":
-            record_leaves_of(node)
+            node.meta[LEAVES] = _leaves_of(node)
 
 
-def record_leaves_of(node: fx.Node) -> None:
-    """Write into `node` whose storage each of its tensors is; `node.meta["val"]` holds them."""
-    found = []
-    for tensor in tensors_of(node):
-        if tensor is None:
-            found.append(Leaf(0, None))
-        else:
-            found.append(Leaf(storage_nbytes(tensor), _alias(node, tensor)))
-    node.meta[LEAVES] = tuple(found)
+def set_value(node: fx.Node, value: Any) -> None:
+    """Give `node` the (fake) value that it holds now, and the storages of that."""
+    node.meta["val"] = value
+    node.meta[LEAVES] = _leaves_of(node)
+
+
+def insert_call(
+    graph: fx.Graph,
+    like: fx.Node,
+    target: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None = None,
+    name: str | None = None,
+) -> fx.Node:
+    """A new call at the insertion point of `graph`, with its facts; its origin is that of `like`."""
+    made = graph.create_node("call_function", target, args, dict(kwargs or {}), name or like.name)
+    given = fx.node.map_arg((made.args, made.kwargs), lambda n: n.meta["val"])
+    sources = (t for n in (like, *like.all_input_nodes) for t in tensors_of(n))
+    tensor: Any = next(t for t in sources if t is not None)
+    made.meta = {k: v for k, v in like.meta.items() if k not in ("val", "tensor_meta", LEAVES)}
+    with tensor.fake_mode:
+        set_value(made, target(*given[0], **given[1]))
+    return made
+
+
+def _leaves_of(node: fx.Node) -> tuple[Leaf, ...]:
+    return tuple(
+        Leaf(0, None) if tensor is None else Leaf(storage_nbytes(tensor), _alias(node, tensor))
+        for tensor in tensors_of(node)
+    )
 
 
 def _alias(node: fx.Node, tensor: torch.Tensor) -> tuple[int, int] | None:

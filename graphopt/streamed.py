@@ -96,7 +96,7 @@ class Statistics(NamedTuple):
 
         >>> z = torch.randn(3, 10)
         >>> halves = [statistics_of(part, None) for part in z.clone().split([4, 6], 1)]
-        >>> torch.allclose(halves[0].merge(halves[1]).lse, z.logsumexp(1))
+        >>> torch.allclose(halves[0].merge(halves[1]).lse, z.double().logsumexp(1))
         True
         """
         peak = torch.maximum(self.peak, other.peak)

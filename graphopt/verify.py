@@ -14,13 +14,13 @@ from graphopt.split import late_nodes
 EXCERPT_LINES = 10
 
 
-def verify(program: Program, before: Program | None = None) -> None:
+def verify(program: Program, before: Program | None = None, *, may_drop_gradients: bool = False) -> None:
     """Run every check; `before` is the program that a pass made this one from."""
     check_order(program)
     check_facts(program)
     check_phases(program)
     if before is not None:
-        check_interface(program, before)
+        check_interface(program, before, may_drop_gradients)
 
 
 def check_order(program: Program) -> None:
@@ -59,11 +59,17 @@ def check_phases(program: Program) -> None:
             raise VerifyError(f"{node.name} of the forward reads the backward\n" + excerpt(node))
 
 
-def check_interface(program: Program, before: Program) -> None:
-    """Inputs and outputs are as many as before, with the same roles, shapes and dtypes."""
+def check_interface(program: Program, before: Program, may_drop_gradients: bool = False) -> None:
+    """Inputs and outputs are as many as before, with the same roles, shapes and dtypes.
+
+    With `may_drop_gradients` a gradient may have become None.
+    """
     if program.inputs != before.inputs or program.num_forward_outputs != before.num_forward_outputs:
         raise VerifyError("the inputs or the number of forward outputs changed")
-    for new, old in zip(program.outputs, before.outputs, strict=True):
+    pairs = zip(program.outputs, before.outputs, strict=True)
+    for index, (new, old) in enumerate(pairs):
+        if new is None and may_drop_gradients and index >= before.num_forward_outputs:
+            continue
         if isinstance(new, fx.Node) is not isinstance(old, fx.Node):
             raise VerifyError(f"output {old} became {new}")
         if isinstance(new, fx.Node) and _facts(new) != _facts(old):

@@ -14,10 +14,12 @@ class Pass(ABC):
     """A rewrite of programs. Options are the fields of the subclass.
 
     `plan` decides from the program and its costs, and raises PlanError where a bound cannot be met;
-    `apply` carries a plan out on a copy.
+    `apply` carries a plan out on a copy. Only a pass that says `drops_gradients` may return None for
+    a gradient that was there before.
     """
 
     name: ClassVar[str]
+    drops_gradients: ClassVar[bool] = False
 
     @abstractmethod
     def plan(self, program: Program, costs: Costs) -> Plan:

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from graphopt.ops import is_random, may_recompute
 from graphopt.passes.loss_values import PEAK, Head, Known, KnownRow, Raw, Row, Value
-from graphopt.program import LEAVES, Program, record_leaves_of
+from graphopt.program import LEAVES, Program, set_value
 from graphopt.stream_ops import ops
 
 aten = torch.ops.aten
@@ -120,8 +120,7 @@ class Builder:
             value = target(*read[0], **read[1])
         skipped = ("val", "tensor_meta", LEAVES, "desc", "original_aten", "from_node")
         node.meta = {k: v for k, v in self.like.meta.items() if k not in skipped}
-        node.meta["val"] = value
-        record_leaves_of(node)
+        set_value(node, value)
         return node
 
     def _name(self, target: Any) -> str:
@@ -273,8 +272,7 @@ class Builder:
         node.args = (x, node.args[1], bias, None, None, inner, cap, *node.args[7:])
         old = node.meta["val"][0]
         with old.fake_mode:
-            node.meta["val"] = tuple(old.new_empty(rows_of(head)) for _ in range(4))
-        record_leaves_of(node)
+            set_value(node, tuple(old.new_empty(rows_of(head)) for _ in range(4)))
 
     def adopt_index(self, head: Head, index: fx.Node, ignore: int | None = None) -> bool:
         """Take the (original) `index` for the targets of `head`; False where they are others."""

@@ -15,7 +15,7 @@ from graphopt.passes.loss_builder import NOTHING, Builder
 from graphopt.passes.loss_reductions import mix_node
 from graphopt.passes.loss_rules import RULES
 from graphopt.passes.loss_values import Head, Raw
-from graphopt.program import Program, record_leaves_of
+from graphopt.program import Program, set_value
 from graphopt.split import late_nodes
 from graphopt.stream_ops import ops
 
@@ -191,8 +191,7 @@ def _drop_unread(b: Builder, head: Head) -> None:
     node.args = (*node.args[:-1], wanted)
     old = node.meta["val"]
     with old[0].fake_mode:
-        node.meta["val"] = tuple(t if w else t.new_empty((0,)) for t, w in zip(old, wanted, strict=True))
-    record_leaves_of(node)
+        set_value(node, tuple(t if w else t.new_empty((0,)) for t, w in zip(old, wanted, strict=True)))
 
 
 def put_in_order(graph: fx.Graph) -> None:

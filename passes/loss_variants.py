@@ -17,7 +17,7 @@ from graphopt.errors import PlanError
 from graphopt.passes.loss_builder import fake_mode_of
 from graphopt.passes.loss_rewrite import put_in_order
 from graphopt.passes.loss_values import Head
-from graphopt.program import LEAVES, Program, Role, record_leaves_of
+from graphopt.program import LEAVES, Program, Role, set_value
 from graphopt.split import late_nodes
 from graphopt.stream_ops import COMMON, ops
 
@@ -126,8 +126,7 @@ class _Maker:
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
         target: Callable[..., Any] = node.target  # type: ignore[assignment]
         with self.fake_mode:
-            node.meta["val"] = target(*args, **kwargs)
-        record_leaves_of(node)
+            set_value(node, target(*args, **kwargs))
         return node
 
     def finish(self) -> None:

@@ -113,6 +113,23 @@ def test_labels_of_a_container_of_torch_are_the_users_too() -> None:
     assert labels == ["0.weight", "0.bias", "args[0]"]
 
 
+def test_labels_are_the_models_with_a_loss_behind_it() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.self = nn.Linear(4, 4)  # as transformers' BERT has it
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.self(x)
+
+    model = Attention()
+    x = torch.ones(3, 4)
+    small = graphopt.optimize(model, loss=nn.functional.mse_loss, device="cpu-generic")
+    small(x, target=x).backward()
+    labels = {i.label for i in records(small)[0].before.inputs if i.role is Role.PARAMETER}
+    assert labels == {name for name, _ in model.named_parameters()}
+
+
 def test_a_tied_parameter_is_one_input() -> None:
     net = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Tanh(), nn.Linear(4, 4, bias=False))
     net[2].weight = net[0].weight

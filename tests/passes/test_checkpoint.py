@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from programs import arguments, run_joint, run_split, traced
 from random_flows import FlowBuilder, blocks, brute_force, naive_step, training_flows
-from torch import fx, nn
+from texts import program_text
+from torch import nn
 
 import graphopt
-from graphopt import Checkpoint, PlanError, Program
+from graphopt import Checkpoint, PlanError
 from graphopt.cost_models.costs import Costs
 from graphopt.cost_models.devices import get_device
 from graphopt.cost_models.memory import Dataflow, dataflow
@@ -303,39 +304,12 @@ class Tiny(nn.Module):
         return self.second(self.first(x).exp().tanh()).sum()
 
 
-def text_of(program: Program) -> str:
-    """One line for each node: name = op(arguments)."""
-    lines = []
-    for node in program.graph.nodes:
-        if node.op == "placeholder":
-            lines.append(f"{node.name} = {program.roles[node.name].value}()")
-        elif node.op == "output":
-            lines.append(f"return {', '.join(map(str, program.outputs))}")
-        else:
-            arguments = [*map(argument_text, node.args)]
-            arguments += [f"{k}={argument_text(v)}" for k, v in node.kwargs.items()]
-            lines.append(f"{node.name} = {target_text(node)}({', '.join(arguments)})")
-    return "\n".join(lines)
-
-
-def target_text(node: fx.Node) -> str:
-    return str(node.target) if not callable(node.target) else str(node.target).removeprefix("aten.")
-
-
-def argument_text(argument: object) -> str:
-    return (
-        f"[{', '.join(map(argument_text, argument))}]"
-        if isinstance(argument, (list, tuple))
-        else str(argument)
-    )
-
-
 def test_the_golden_text(request: pytest.FixtureRequest) -> None:
     program = graphopt.trace(Tiny(), torch.ones(100, 2))
     pass_ = Checkpoint(memory="min")
     plan = pass_.plan(program, Costs.of(program, CPU))
     parts = {
-        "before": text_of(program),
+        "before": program_text(program),
         "plan": "\n".join(
             [
                 f"keep {', '.join(plan.keep)}",
@@ -344,7 +318,7 @@ def test_the_golden_text(request: pytest.FixtureRequest) -> None:
                 f"peak {plan.peak_bytes} of {plan.baseline_bytes} bytes",
             ]
         ),
-        "after": text_of(pass_.apply(program, plan)),
+        "after": program_text(pass_.apply(program, plan)),
     }
     text = "".join(f"# {title}\n{part}\n\n" for title, part in parts.items())
     if request.config.getoption("--regenerate-golden"):
