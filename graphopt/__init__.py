@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from graphopt.passes.calibration import calibration_gradients
     from graphopt.passes.checkpoint import Checkpoint
     from graphopt.passes.patch_inference import PatchInference
+    from graphopt.passes.skip_layers import SkipLayers
     from graphopt.passes.sparse_update import SparseUpdate
     from graphopt.passes.stream_loss import StreamLoss
     from graphopt.program import Program
@@ -36,6 +37,7 @@ __all__ = [
     "PlanError",
     "Program",
     "Report",
+    "SkipLayers",
     "SparseUpdate",
     "StreamLoss",
     "TraceError",
@@ -66,6 +68,7 @@ _LAZY = {
     "PlanError": "graphopt.errors",
     "Program": "graphopt.program",
     "Report": "graphopt.report",
+    "SkipLayers": "graphopt.passes.skip_layers",
     "SparseUpdate": "graphopt.passes.sparse_update",
     "StreamLoss": "graphopt.passes.stream_loss",
     "TraceError": "graphopt.errors",

@@ -14,9 +14,11 @@ from graphopt.capture import CaptureSettings
 from graphopt.cost_models.calibrate import calibrated_cpu
 from graphopt.cost_models.devices import KNOWN_DEVICES, Device, get_device
 from graphopt.errors import GraphoptError, TraceError
+from graphopt.module_report import run_module_passes
 from graphopt.passes.base import Pass
 from graphopt.passes.budget import Budget
 from graphopt.passes.checkpoint import Checkpoint
+from graphopt.passes.module_pass import ModulePass
 from graphopt.report import Report
 from graphopt.runtime import Backend, Log, Settings
 from graphopt.tracing import reason_of
@@ -30,7 +32,7 @@ def optimize(
     *,
     memory: Budget = None,
     activations: Budget = None,
-    passes: Sequence[Pass] | None = None,
+    passes: Sequence[Pass | ModulePass] | None = None,
     loss: Callable[..., torch.Tensor] | None = None,
     compiler: str = "eager",
     device: str | Device | None = None,
@@ -48,7 +50,8 @@ def optimize(
         memory: bound on the peak of the step, parameters and gradients included: bytes, "6GiB", a
             share of the plain peak (0.4), "min", or None to recompute nothing heavy.
         activations: bound on what the step allocates besides gradients, in the same forms.
-        passes: passes to run instead of `[Checkpoint(memory=memory, activations=activations)]`.
+        passes: passes to run instead of `[Checkpoint(memory=memory, activations=activations)]`. After
+            `SkipLayers` alone the result is a changed copy, a plain module with a `report`.
         loss: for a model that computes no loss itself, `loss(output, target)`. The result is then
             called as `model(..., target=y)` and returns the loss.
         compiler: "eager" runs the planned graphs operator by operator, exactly; "inductor" hands
@@ -74,17 +77,28 @@ def optimize(
         raise TraceError(f"optimize takes a module or a function, not {type(model).__name__}")
     if verify not in VERIFY:
         raise GraphoptError(f"verify={verify!r} is none of {', '.join(VERIFY)}")
-    settings = Settings(
-        _passes(passes, memory, activations),
-        _compiler(compiler),
-        _device(device, model),
-        profile,
-        verify,
-    )
+    first, passes = _module_passes_first(passes)
+    chosen = _passes(passes, memory, activations)
+    model = run_module_passes(model, first)
+    if first and not chosen and loss is None and compiler == "eager":
+        return model
+    settings = Settings(chosen, _compiler(compiler), _device(device, model), profile, verify)
     state = _State(settings, fullgraph, loss, _name(model))
     if isinstance(model, nn.Module):
         return _optimized_module(model, state)
     return OptimizedFunction(model, state)
+
+
+def _module_passes_first(
+    passes: Sequence[Pass | ModulePass] | None,
+) -> tuple[list[ModulePass], list[Pass] | None]:
+    """The passes that change the module, and those that change its program."""
+    if passes is None:
+        return [], None
+    first = [p for p in passes if isinstance(p, ModulePass)]
+    if list(passes[: len(first)]) != first:
+        raise GraphoptError(f"{first[-1].name} changes the module; put it before the other passes")
+    return first, list(passes[len(first) :])  # type: ignore[arg-type] # checked next
 
 
 def _passes(passes: Sequence[Pass] | None, memory: Budget, activations: Budget) -> tuple[Pass, ...]:

@@ -7,6 +7,7 @@ from graphopt import passes as public_passes
 from graphopt import zoo
 from graphopt.cost_models.devices import KNOWN_DEVICES
 from graphopt.passes.base import Pass
+from graphopt.passes.module_pass import ModulePass
 
 
 def passes() -> list[dict[str, Any]]:
@@ -20,7 +21,7 @@ def passes() -> list[dict[str, Any]]:
             "options": [_option(field) for field in dataclasses.fields(kind)],
         }
         for kind in kinds
-        if isinstance(kind, type) and issubclass(kind, Pass)
+        if isinstance(kind, type) and issubclass(kind, Pass | ModulePass)
     ]
 
 

@@ -9,6 +9,7 @@ from graphopt.cost_models.devices import format_bytes
 from graphopt.graph_report import GraphReport, RecomputeFact, TensorFact, why_recomputed
 from graphopt.origin import Origin, format_seconds
 from graphopt.passes.base import Pass
+from graphopt.passes.module_pass import ModulePass
 from graphopt.report import Report
 
 TOP = 10
@@ -47,12 +48,12 @@ def report_text(report: Report, top: int = TOP) -> str:
     return "\n".join(lines)
 
 
-def pass_text(pass_: Pass) -> str:
+def pass_text(pass_: Pass | ModulePass) -> str:
     """A pass and the options that are not at their default: `checkpoint(memory='6GiB')`."""
     options = (
         f"{field.name}={getattr(pass_, field.name)!r}"
         for field in dataclasses.fields(pass_)
-        if getattr(pass_, field.name) != field.default
+        if field.repr and getattr(pass_, field.name) != field.default
     )
     return f"{pass_.name}({', '.join(options)})"
 

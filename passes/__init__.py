@@ -6,18 +6,20 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from graphopt.passes.checkpoint import Checkpoint
     from graphopt.passes.patch_inference import PatchInference
+    from graphopt.passes.skip_layers import SkipLayers
     from graphopt.passes.sparse_update import SparseUpdate
     from graphopt.passes.stream_loss import StreamLoss
 
 if __name__ != "graphopt.passes":
     raise ImportError(f"import this package as graphopt.passes, not as {__name__}")
 
-__all__ = ["Checkpoint", "PatchInference", "SparseUpdate", "StreamLoss"]
+__all__ = ["Checkpoint", "PatchInference", "SkipLayers", "SparseUpdate", "StreamLoss"]
 
 # Public name -> the module that defines it.
 _LAZY = {
     "Checkpoint": "graphopt.passes.checkpoint",
     "PatchInference": "graphopt.passes.patch_inference",
+    "SkipLayers": "graphopt.passes.skip_layers",
     "SparseUpdate": "graphopt.passes.sparse_update",
     "StreamLoss": "graphopt.passes.stream_loss",
 }

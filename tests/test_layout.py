@@ -27,7 +27,7 @@ MODULE_FLOORS = {
     **dict.fromkeys(["__main__", "api", "cli", "inductor", "lower", "measurement", "models"], 4),
     **dict.fromkeys(["report", "runtime", "terminal", "zoo"], 4),
     **dict.fromkeys(["analysis", "chart", "comparison", "graph_report", "listings"], 4),
-    **dict.fromkeys(["numerics", "report_text", "timeline"], 4),
+    **dict.fromkeys(["module_report", "numerics", "report_text", "timeline"], 4),
 }
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60

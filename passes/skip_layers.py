@@ -1,0 +1,207 @@
+"""The pass that removes whole blocks of a model: fewer layers, the same kind of model."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, ClassVar
+
+from torch import nn
+
+from graphopt.errors import PlanError
+from graphopt.passes.blocks import find_stack
+from graphopt.passes.compensation import KINDS, compensate
+from graphopt.passes.layer_removal import without_blocks
+from graphopt.passes.layer_times import PHASES, measure_blocks, step_seconds
+from graphopt.passes.layer_trials import Quality
+from graphopt.passes.made_up_inputs import as_batch, knows_inputs, made_up_batch
+from graphopt.passes.module_pass import ModulePass
+from graphopt.passes.removal_checks import check_function, check_generation, check_rebuild
+from graphopt.passes.skip_plan import SkipMeasurement, SkipPlan
+from graphopt.passes.skip_strategies import POSITION_ONLY, STRATEGIES, Evidence, Removed, Strategy
+
+GOALS = ("keep", "remove", "max_kl", "max_ppl_increase", "min_top1", "target_speedup")
+TOLERANCE = 0.05  # of a target speed-up, relative
+
+
+@dataclass(frozen=True)
+class SkipLayers(ModulePass):
+    """Removes whole blocks of a model, so that it is faster, smaller and still the same kind of model.
+
+    Give one goal:
+
+    - `keep`: the positions that stay; `remove`: how many go.
+    - `max_kl` (nats per token), `max_ppl_increase` (0.05 is 5 % of the perplexity) or `min_top1` (share
+      of tokens with the same prediction): as many blocks go as the bound allows.
+    - `target_speedup`: as many go as it takes to make a step this many times as fast, measured on the
+      first calibration batch: a whole forward (`phase="prefill"`) or one more token ("decode").
+
+    `calibration` are batches of the model's input: tensors, tuples or mappings. `strategy` decides
+    which blocks go: "greedy", "exact" (few blocks), "block_influence" (ShortGPT), "angular" (Gromov et
+    al.), and by position alone "unified" or "unified_published" (Unified Layer Skipping).
+    `compensation` refits the projections in front of the gaps: "none", "scalar" or "linear".
+    """
+
+    keep: Sequence[int] | None = None
+    remove: int | None = None
+    max_kl: float | None = None
+    max_ppl_increase: float | None = None
+    min_top1: float | None = None
+    target_speedup: float | None = None
+    calibration: Iterable[Any] = field(default=(), repr=False, compare=False)
+    strategy: str = "greedy"
+    compensation: str = "none"
+    phase: str = "prefill"
+    name: ClassVar[str] = "skip-layers"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "calibration", tuple(self.calibration))
+        for option, known in (("strategy", STRATEGIES), ("compensation", KINDS), ("phase", PHASES)):
+            if (value := getattr(self, option)) not in known:
+                raise PlanError(f"{option}={value!r} is none of {', '.join(known)}")
+        given = [goal for goal in GOALS if getattr(self, goal) is not None]
+        if len(given) != 1:
+            raise PlanError(f"give one of {', '.join(GOALS)}; given: {', '.join(given) or 'none'}")
+        self._check_calibration(given[0])
+
+    def _check_calibration(self, goal: str) -> None:
+        if self.calibration:
+            return
+        value = f"{goal}={getattr(self, goal)!r}"
+        if goal == "remove" and self.strategy not in POSITION_ONLY:
+            by_place = " or ".join(repr(name) for name in POSITION_ONLY)
+            raise PlanError(
+                f"{value} with strategy={self.strategy!r} needs calibration=, batches to judge the "
+                f"blocks on; strategy={by_place} goes by position alone"
+            )
+        if goal not in ("keep", "remove"):
+            raise PlanError(f"{value} needs calibration=, batches to measure it on")
+        if self.compensation != "none":
+            raise PlanError(
+                f"compensation={self.compensation!r} needs calibration=, batches to fit it on"
+            )
+
+    def plan(self, model: nn.Module) -> SkipPlan:
+        """Which blocks go; PlanError where the goal cannot be met."""
+        evidence = self._evidence(model)
+        if self.keep is not None:
+            plan = SkipPlan(evidence.stack.path, evidence.blocks, tuple(self.keep), "given")
+        else:
+            removed, speedup = self._chosen(evidence)
+            kept = tuple(i for i in range(evidence.blocks) if i not in removed)
+            plan = SkipPlan(evidence.stack.path, evidence.blocks, kept, self.strategy, speedup=speedup)
+        plan.check()
+        if not self.calibration:
+            return plan
+        plan = replace(plan, influence=evidence.influence)
+        if not evidence.has_logits:
+            return plan
+        return replace(plan, **asdict(evidence.trials.quality(frozenset(plan.removed))))
+
+    def _chosen(self, evidence: Evidence) -> tuple[Removed, float | None]:
+        """The blocks to remove, and the predicted speed-up where that is the goal."""
+        choose = STRATEGIES[self.strategy](evidence)
+        if self.remove is not None:
+            return self._fixed(evidence, choose, self.remove), None
+        if self.target_speedup is not None:
+            return self._fast(evidence, choose, self.target_speedup)
+        return self._within(evidence, choose), None
+
+    def _fixed(self, evidence: Evidence, choose: Strategy, count: int) -> Removed:
+        if type(count) is not int or not 0 < count < evidence.blocks:
+            raise PlanError(f"remove={count!r}: the model has {evidence.blocks} blocks, one has to stay")
+        return choose(count)
+
+    def _within(self, evidence: Evidence, choose: Strategy) -> Removed:
+        """The most blocks without which the quality still is within the bound."""
+        found: Removed = frozenset()
+        for count in range(1, evidence.blocks):
+            removed = choose(count)
+            quality = evidence.trials.quality(removed)
+            if excess := self._excess(quality):
+                if not found:
+                    raise PlanError(f"{excess} already without one block, {min(removed)}; none can go")
+                break
+            found = removed
+        return found
+
+    def _excess(self, quality: Quality) -> str | None:
+        """How a bound is broken, in words; None where it is kept."""
+        if self.max_kl is not None and quality.kl > self.max_kl:
+            return f"max_kl={self.max_kl}: the divergence is {quality.kl:.4g} nats per token"
+        if self.min_top1 is not None and quality.top1 < self.min_top1:
+            return f"min_top1={self.min_top1}: the share is {quality.top1:.4g}"
+        if (bound := self.max_ppl_increase) is None:
+            return None
+        if (increase := quality.perplexity_increase) is None:
+            raise PlanError(f"max_ppl_increase={bound} needs a model that predicts the next token")
+        if increase > bound:
+            return f"max_ppl_increase={bound}: the perplexity grows by {increase:.4g}"
+        return None
+
+    def _fast(self, evidence: Evidence, choose: Strategy, target: float) -> tuple[Removed, float]:
+        """The fewest blocks that make a step fast enough, as predicted and as timed."""
+        if target <= 1:
+            raise PlanError(f"target_speedup={target}: how many times as fast is above 1")
+        batch = evidence.batches[0]
+        times = measure_blocks(evidence.model, evidence.stack, batch, self.phase)
+        best = 1.0
+        for count in range(1, evidence.blocks):
+            removed = choose(count)
+            if times.seconds() / times.seconds(removed) < target:
+                continue
+            kept = [i for i in range(evidence.blocks) if i not in removed]
+            short = without_blocks(evidence.model, evidence.stack, kept, share=True)
+            whole, seconds = step_seconds((evidence.model, short), batch, self.phase)
+            best = max(best, whole / seconds)
+            if whole / seconds >= target * (1 - TOLERANCE):
+                return removed, times.seconds() / times.seconds(removed)
+        best = max(best, times.greatest_speedup)
+        raise PlanError(
+            f"target_speedup={target}: at most {best:.2f} is reachable ({self.phase}): "
+            f"{1e3 * times.rest_seconds:.3g} ms of {1e3 * times.seconds():.3g} ms "
+            "are outside the blocks"
+        )
+
+    def apply(self, model: nn.Module, plan: SkipPlan) -> nn.Module:
+        """A copy of `model` with the blocks that `plan` keeps; VerifyError where it is not correct."""
+        evidence = self._evidence(model)
+        stack = evidence.stack
+        if (stack.path, len(stack.blocks)) != (plan.path, plan.blocks):
+            raise PlanError(
+                f"the plan is for {plan.blocks} blocks at {plan.path!r}; the model has "
+                f"{len(stack.blocks)} at {stack.path!r}"
+            )
+        plan.check()
+        short = without_blocks(model, stack, plan.kept)
+        batch = made_up_batch(model) if knows_inputs(model) else evidence.batches[0]
+        check_function(model, stack, plan.kept, short, batch)
+        if self.compensation != "none" and plan.removed:
+            own = replace(stack, blocks=tuple(short.get_submodule(stack.path).children()))
+            compensate(self.compensation, short, own, plan.kept, evidence.batches, evidence.states)
+        check_rebuild(short, stack, batch)
+        check_generation(short, batch)
+        return short
+
+    def measure(self, model: nn.Module, plan: SkipPlan, changed: nn.Module) -> SkipMeasurement:
+        """Parameters; with calibration the quality of the result, and with a target its speed."""
+        evidence = self._evidence(model)
+        left, whole_size = (sum(p.numel() for p in m.parameters()) for m in (changed, model))
+        quality = None
+        if self.calibration and evidence.has_logits:
+            quality = evidence.trials.quality(frozenset(), changed)
+            if excess := self._excess(quality):
+                raise PlanError(f"{excess} with compensation={self.compensation!r}")
+        if self.target_speedup is None:
+            return SkipMeasurement(left, whole_size, quality)
+        whole, seconds = step_seconds((model, changed), evidence.batches[0], self.phase)
+        if whole / seconds < self.target_speedup * (1 - TOLERANCE):
+            raise PlanError(
+                f"target_speedup={self.target_speedup}: the result is {whole / seconds:.2f} times as "
+                f"fast, predicted were {plan.speedup or 1.0:.2f}"
+            )
+        return SkipMeasurement(left, whole_size, quality, seconds, whole)
+
+    def _evidence(self, model: nn.Module) -> Evidence:
+        if not isinstance(model, nn.Module):
+            raise PlanError(f"SkipLayers takes a module, not {type(model).__name__}")
+        given = tuple(as_batch(batch, model) for batch in self.calibration) or (made_up_batch(model),)
+        return Evidence(model, find_stack(model, given[0]), given)

@@ -1,0 +1,108 @@
+"""What `SkipLayers` decides and measures, as plain data that prints."""
+
+from dataclasses import dataclass
+
+from graphopt.errors import PlanError
+from graphopt.passes.layer_trials import Quality
+from graphopt.plan import Plan
+
+
+@dataclass(frozen=True)
+class SkipPlan(Plan):
+    """Which blocks of the list `path` stay, why, and what is expected of the model then.
+
+    `influence` is the Block Influence of every block; `kl` (nats per token), `top1` (share of tokens)
+    and `perplexity` are without compensation, on the calibration batches; `speedup` is that of a step
+    of the phase asked for. Figures that nothing asked for are empty or None.
+    """
+
+    path: str
+    blocks: int
+    kept: tuple[int, ...]
+    strategy: str
+    influence: tuple[float, ...] = ()
+    kl: float | None = None
+    top1: float | None = None
+    perplexity: float | None = None
+    whole_perplexity: float | None = None
+    speedup: float | None = None
+
+    @property
+    def removed(self) -> tuple[int, ...]:
+        """The positions of the blocks that go."""
+        return tuple(sorted(set(range(self.blocks)) - set(self.kept)))
+
+    def check(self) -> None:
+        """PlanError unless the positions exist, ascend, and are at least one."""
+        kept = list(self.kept)
+        if not kept:
+            raise PlanError(f"keep={kept}: at least one of the {self.blocks} blocks stays")
+        if any(type(i) is not int or not 0 <= i < self.blocks for i in kept):
+            raise PlanError(f"keep={kept}: the blocks of {self.path} are 0 to {self.blocks - 1}")
+        if sorted(set(kept)) != kept:
+            raise PlanError(f"keep={kept}: positions ascend, each once")
+
+    def __str__(self) -> str:
+        path = self.path or "the model"
+        lines = [
+            f"{len(self.kept)} of {self.blocks} blocks of {path} stay ({self.strategy})",
+            f"  kept     {_positions(self.kept)}",
+            f"  removed  {_positions(self.removed)}",
+        ]
+        if self.influence:
+            lines.append("  block influence  " + " ".join(f"{value:.3f}" for value in self.influence))
+        figures = quality_text(self.kl, self.top1, self.perplexity, self.whole_perplexity)
+        if self.speedup is not None:
+            figures.append(f"{self.speedup:.2f} times as fast")
+        if figures:
+            lines.append(f"  predicted  {', '.join(figures)}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class SkipMeasurement:
+    """What was measured of the shortened model; None where there was nothing to measure it on.
+
+    `seconds` are of a step of the shortened model, `whole_seconds` of the whole one.
+    """
+
+    parameters: int
+    whole_parameters: int
+    quality: Quality | None = None
+    seconds: float | None = None
+    whole_seconds: float | None = None
+
+    @property
+    def speedup(self) -> float | None:
+        """How many times as fast a step is."""
+        if self.seconds is None or self.whole_seconds is None:
+            return None
+        return self.whole_seconds / self.seconds
+
+    def __str__(self) -> str:
+        figures = [f"{self.parameters} of {self.whole_parameters} parameters"]
+        if (q := self.quality) is not None:
+            figures += quality_text(q.kl, q.top1, q.perplexity, q.whole_perplexity)
+        if self.speedup is not None:
+            figures.append(f"{self.speedup:.2f} times as fast")
+        return f"  measured   {', '.join(figures)}"
+
+
+def quality_text(
+    kl: float | None, top1: float | None, perplexity: float | None, whole: float | None
+) -> list[str]:
+    """The figures that are known.
+
+    >>> quality_text(0.05, 0.9, 12.0, 10.0)
+    ['KL 0.05 nats', 'top-1 90.0 %', 'perplexity 12 (whole 10)']
+    """
+    found = []
+    if kl is not None and top1 is not None:
+        found += [f"KL {kl:.4g} nats", f"top-1 {100 * top1:.1f} %"]
+    if perplexity is not None and whole is not None:
+        found.append(f"perplexity {perplexity:.4g} (whole {whole:.4g})")
+    return found
+
+
+def _positions(positions: tuple[int, ...]) -> str:
+    return " ".join(str(i) for i in positions) or "none"

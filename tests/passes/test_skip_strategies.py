@@ -1,0 +1,272 @@
+"""Which blocks go, what that costs to find out, and whether the targets are kept."""
+
+import itertools
+import math
+import time
+from typing import Any
+
+import pytest
+import torch
+from block_models import block_model, token_batches
+from torch import nn
+
+import graphopt
+from graphopt import PlanError, SkipLayers
+from graphopt.passes import layer_times
+from graphopt.passes.blocks import find_stack
+from graphopt.passes.compensation import linear_map, residual_projection, scalar_map
+from graphopt.passes.layer_times import LayerTimes
+from graphopt.passes.layer_trials import LayerTrials
+from graphopt.passes.made_up_inputs import as_batch, made_up_batch
+from graphopt.passes.skip_strategies import (
+    STRATEGIES,
+    Evidence,
+    Greedy,
+    angular_distances,
+    block_influence,
+    unified_kept,
+    unified_published_kept,
+)
+
+
+def evidence(model: Any, batches: Any) -> Evidence:
+    return Evidence(
+        model,
+        find_stack(model, made_up_batch(model)),
+        tuple(as_batch(batch, model) for batch in batches),
+    )
+
+
+def quality(model: Any, other: Any, batches: Any) -> tuple[float, float, float]:
+    """KL, top-1 agreement and perplexity from the definitions."""
+    kl, same, losses = [], [], []
+    for ids in batches:
+        logs, short = model(ids).logits.log_softmax(-1), other(ids).logits.log_softmax(-1)
+        kl.append((logs.exp() * (logs - short)).sum(-1).flatten())
+        same.append((logs.argmax(-1) == short.argmax(-1)).flatten())
+        losses.append(-short[:, :-1].gather(-1, ids[:, 1:, None]).flatten())
+    means = [float(torch.cat(x).float().mean()) for x in (kl, same, losses)]
+    return means[0], means[1], math.exp(means[2])
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
+def test_predictions_are_those_of_the_result(family: str) -> None:
+    model, batches = block_model(family, 6), token_batches()
+    short = graphopt.optimize(model, passes=[SkipLayers(keep=[0, 2, 5], calibration=batches)])
+    step = short.report.steps[0]
+    with torch.no_grad():
+        expected = quality(model, short, batches)
+    found = (step.plan.kl, step.plan.top1, step.plan.perplexity)
+    assert found == pytest.approx(expected, rel=1e-4)
+    measured = step.measured.quality
+    assert (measured.kl, measured.top1, measured.perplexity) == pytest.approx(expected, rel=1e-4)
+
+
+def test_padding_does_not_count() -> None:
+    model, ids = block_model("llama", 4), token_batches(1)[0]
+    mask = torch.ones_like(ids)
+    mask[:, 6:] = 0
+    padded = {"input_ids": ids, "attention_mask": mask}
+    figures = [SkipLayers(keep=[0, 3], calibration=[batch]).plan(model) for batch in (padded, ids[:, :6])]
+    assert figures[0].kl == pytest.approx(figures[1].kl, rel=1e-4)
+    assert figures[0].perplexity == pytest.approx(figures[1].perplexity, rel=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "bert"])
+def test_a_prefix_changes_nothing(family: str) -> None:
+    model = block_model(family, 5)
+    e = evidence(model, token_batches())
+    removed = frozenset({0, 3})
+    whole = e.trials.kl(removed)
+    for start in (1, 2, 3):
+        states = e.trials.states_without(frozenset({0}))
+        assert e.trials.kl(removed, (start, states)) == pytest.approx(whole, rel=1e-6)
+    assert e.trials.kl(removed, bound=whole / 4) > whole / 4
+
+
+def test_exact_tries_all() -> None:
+    e = evidence(block_model("llama", 6), token_batches())
+    sets = [frozenset(chosen) for chosen in itertools.combinations(range(6), 2)]
+    assert STRATEGIES["exact"](e)(2) == min(sets, key=e.trials.kl)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])
+def test_greedy_finds_the_best_of_all(family: str) -> None:
+    e = evidence(block_model(family, 8), token_batches(3))
+    for count in (1, 2, 3):
+        assert STRATEGIES["greedy"](e)(count) == STRATEGIES["exact"](e)(count)
+
+
+def test_no_swap_improves_on_greedy() -> None:
+    e = evidence(block_model("gpt2", 8), token_batches(2))  # the best of all is two swaps away
+    found = STRATEGIES["greedy"](e)(3)
+    least = e.trials.kl(found)
+    for back, gone in itertools.product(found, set(range(8)) - found):
+        assert e.trials.kl(found - {back} | {gone}) >= least
+
+
+def test_greedy_runs_few_layers() -> None:
+    layers, count = 24, 6
+    batches = token_batches(4)
+    e = evidence(block_model("llama", layers), batches)
+    trials = LayerTrials(e.model, e.stack, e.batches)
+    begin = trials.layer_runs
+    Greedy(trials, e.influence)(count)
+    naive = len(batches) * sum((layers - k) * (layers - k - 1) for k in range(count))
+    assert trials.layer_runs - begin < naive / 3
+
+
+def test_published_scores() -> None:
+    x = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
+    turned = torch.tensor([[[1.0, 1.0], [-1.0, 0.0]]])
+    states = ((x, 2 * x, turned),)
+    assert block_influence(states) == pytest.approx((0.0, 1 - (0.5**0.5 + 0) / 2))
+    assert angular_distances(states, 1) == pytest.approx((0.0, 0.5), abs=1e-3)
+    assert angular_distances(states, 2) == pytest.approx((0.5,), abs=1e-3)
+
+
+def test_rules_by_score() -> None:
+    e = evidence(block_model("llama", 8), token_batches())
+    least = sorted(range(8), key=lambda i: e.influence[i])[:3]
+    assert STRATEGIES["block_influence"](e)(3) == frozenset(least)
+    chosen = sorted(STRATEGIES["angular"](e)(3))
+    assert chosen == list(range(chosen[0], chosen[0] + 3))
+
+
+def test_rules_by_place() -> None:
+    assert unified_published_kept(32, 25) == (*range(24), 31)
+    assert unified_kept(32, 8) == (0, 4, 9, 13, 18, 22, 27, 31)
+    for blocks, kept in itertools.product(range(2, 40), range(2, 40)):
+        if kept <= blocks:
+            found = unified_kept(blocks, kept)
+            gaps = {b - a for a, b in itertools.pairwise(found)}
+            assert len(set(found)) == kept and max(gaps) - min(gaps) <= 1
+            assert len(set(unified_published_kept(blocks, kept))) == kept
+
+
+def test_too_many_sets() -> None:
+    with pytest.raises(PlanError, match="strategy='exact' would try 12870 sets of 8 of 16 blocks"):
+        SkipLayers(remove=8, strategy="exact", calibration=token_batches(1)).plan(
+            block_model("llama", 16)
+        )
+
+
+@pytest.mark.parametrize(
+    "bound", [{"max_kl": 0.1}, {"min_top1": 0.5}, {"max_ppl_increase": 0.1}], ids=str
+)
+def test_bounds_are_kept_and_used(bound: dict[str, float]) -> None:
+    model, batches = block_model("llama"), token_batches()
+    pass_ = SkipLayers(**bound, calibration=batches)  # type: ignore[arg-type]
+    short = graphopt.optimize(model, passes=[pass_])
+    plan, measured = short.report.steps[0].plan, short.report.steps[0].measured
+    assert plan.removed and pass_._excess(measured.quality) is None
+    more = SkipLayers(remove=len(plan.removed) + 1, calibration=batches)
+    e = evidence(model, batches)
+    assert pass_._excess(e.trials.quality(frozenset(more.plan(model).removed))) is not None
+
+
+def test_a_model_without_logits() -> None:
+    model = block_model("llama", 4).model
+    batches = token_batches()
+    plan = SkipLayers(remove=1, strategy="block_influence", calibration=batches).plan(model)
+    assert plan.kl is None and len(plan.kept) == 3
+    with pytest.raises(PlanError, match="returns no logits"):
+        SkipLayers(remove=1, calibration=batches).plan(model)
+    with pytest.raises(PlanError, match="needs a model that predicts the next token"):
+        SkipLayers(max_ppl_increase=0.1, calibration=batches).plan(block_model("bert", 3))
+
+
+def test_compensation_maps() -> None:
+    torch.manual_seed(0)
+    source, matrix = torch.randn(40, 5).double(), torch.randn(5, 5).double()
+    torch.testing.assert_close(linear_map(source, source @ matrix), matrix, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(scalar_map(source, 3 * source), 3 * torch.eye(5).double())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gpt_neox", "vit"])
+def test_compensation_lowers_the_error(family: str) -> None:
+    model = block_model(family, 6)
+    batches = [made_up_batch(model)] if family == "vit" else token_batches(8)
+    found = {}
+    for kind in ("none", "scalar", "linear"):
+        pass_ = SkipLayers(keep=[0, 1, 4, 5], calibration=batches, compensation=kind)
+        short = graphopt.optimize(model, passes=[pass_])
+        found[kind] = gap_error(model, short, batches)
+    assert found["linear"] < found["scalar"] < found["none"]
+
+
+def gap_error(model: Any, short: Any, batches: Any) -> float:
+    """Squared distance of the hidden states behind the gap after block 1."""
+    inputs = tuple(as_batch(batch, model) for batch in batches)
+    whole, left = (Evidence(m, find_stack(m, inputs[0]), inputs).states for m in (model, short))
+    return sum(float((a[4] - b[2]).pow(2).sum()) for a, b in zip(whole, left, strict=True))
+
+
+def test_projection_before_the_residual_sum() -> None:
+    for family, name in (("llama", "down_proj"), ("gpt2", "c_proj"), ("opt", "fc2")):
+        model = block_model(family, 2)
+        batch = made_up_batch(model)
+        stack = find_stack(model, batch)
+        found = residual_projection(model, stack.blocks[0], batch, stack)
+        assert dict(stack.blocks[0].named_modules())[f"mlp.{name}" if name != "fc2" else name] is found
+    with pytest.raises(PlanError, match="added at the end of Gemma3DecoderLayer"):
+        SkipLayers(keep=[0, 2], compensation="linear", calibration=token_batches(1)).apply(
+            block_model("gemma3", 3), SkipLayers(keep=[0, 2]).plan(block_model("gemma3", 3))
+        )
+
+
+class Slow(nn.Module):
+    """Blocks that take 10 ms each, in a model that takes 20 ms besides."""
+
+    def __init__(self, blocks: int = 6) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(Wait() for _ in range(blocks))
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.02)
+        for part in self.parts:
+            x = part(x)
+        return self.head(x)  # type: ignore[no-any-return]
+
+
+class Wait(nn.Module):
+    """A residual block that sleeps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.01)
+        return x + torch.tanh(self.linear(x))
+
+
+def test_a_target_speedup(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer_times, "SECONDS", 0.0)  # as few runs as there may be
+    pass_ = SkipLayers(target_speedup=1.45, strategy="block_influence", calibration=[torch.randn(4, 6)])
+    short = graphopt.optimize(Slow(), passes=[pass_])
+    plan, measured = short.report.steps[0].plan, short.report.steps[0].measured
+    assert len(plan.kept) == 3  # 80 ms / 50 ms = 1.6, and 80 / 60 = 1.33
+    assert plan.speedup == pytest.approx(1.6, rel=0.15)
+    assert measured.speedup >= 1.45 * 0.95
+    with pytest.raises(PlanError, match=r"target_speedup=4.0: at most 2.\d+ is reachable \(prefill\)"):
+        graphopt.optimize(Slow(), passes=[SkipLayers(target_speedup=4.0, calibration=[torch.ones(1, 6)])])
+    with pytest.raises(PlanError, match="phase='decode' needs a model that generates, not Slow"):
+        SkipLayers(target_speedup=1.1, phase="decode", calibration=[torch.ones(1, 6)]).plan(Slow())
+
+
+def test_the_time_of_one_more_token() -> None:
+    pass_ = SkipLayers(target_speedup=1.05, phase="decode", calibration=token_batches(1))
+    try:
+        plan = pass_.plan(block_model("llama", 8))
+    except PlanError as error:  # other work on these cores
+        assert "is reachable (decode)" in str(error)
+    else:
+        assert plan.speedup is not None and plan.speedup >= 1.05
+
+
+def test_layer_times() -> None:
+    times = LayerTimes(2.0, (1.0, 3.0, 2.0))
+    assert times.seconds() == 8 and times.seconds(frozenset({0, 1})) == 4
+    assert times.greatest_speedup == pytest.approx(8 / 3)
