@@ -1,7 +1,7 @@
 """What is learned when only some parameters are updated, at equal memory.
 
     pip install scikit-learn
-    python benchmarks/sparse_update.py [--tasks digits,text] [--seeds 5]
+    python benchmarks/sparse_update.py [--tasks digits,text] [--seeds 3]
 
 Two small models are pretrained, then fine-tuned on other data with Adam: a convolutional network from
 upright digits to the same digits turned by 90 degrees (scikit-learn's 1797 images), and a transformer
@@ -286,7 +286,7 @@ def main() -> None:
     """Both tasks."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tasks", default=",".join(TASKS))
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
     setup()
     rows = stored("sparse_update", [])

@@ -94,7 +94,7 @@ class Statistics(NamedTuple):
     def merge(self, other: "Statistics") -> "Statistics":
         """The statistics of both parts of the vocabulary together.
 
-        >>> z = torch.randn(3, 10)
+        >>> z = torch.randn(3, 10, dtype=torch.float64)
         >>> halves = [statistics_of(part, None) for part in z.clone().split([4, 6], 1)]
         >>> torch.allclose(halves[0].merge(halves[1]).lse, z.double().logsumexp(1))
         True

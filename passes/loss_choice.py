@@ -18,7 +18,7 @@ from graphopt.passes.loss_variants import VARIANTS, NotPossible, put
 from graphopt.program import Program, leaves
 
 CLOSE = 1.25  # of the least bytes that a way of streaming needs for itself: what counts as close to it
-SHARE = 0.03  # and of what the best saves of the peak: what another may save less
+SHARE = 0.04  # and of what the best saves of the peak: what another may save less
 SLACK = 0.01  # and of that: what it may need more for itself
 _LEAST_ROWS, _LEAST_COLUMNS = 32, 256
 
