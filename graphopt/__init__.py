@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from graphopt.passes.patch_inference import PatchInference
     from graphopt.passes.skip_layers import SkipLayers
     from graphopt.passes.sparse_update import SparseUpdate
+    from graphopt.passes.split_vocab import SplitVocab
     from graphopt.passes.stream_loss import StreamLoss
     from graphopt.program import Program
     from graphopt.report import Report
@@ -39,6 +40,7 @@ __all__ = [
     "Report",
     "SkipLayers",
     "SparseUpdate",
+    "SplitVocab",
     "StreamLoss",
     "TraceError",
     "VerifyError",
@@ -70,6 +72,7 @@ _LAZY = {
     "Report": "graphopt.report",
     "SkipLayers": "graphopt.passes.skip_layers",
     "SparseUpdate": "graphopt.passes.sparse_update",
+    "SplitVocab": "graphopt.passes.split_vocab",
     "StreamLoss": "graphopt.passes.stream_loss",
     "TraceError": "graphopt.errors",
     "VerifyError": "graphopt.errors",

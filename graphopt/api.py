@@ -5,7 +5,7 @@ import functools
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx, nn
@@ -19,9 +19,13 @@ from graphopt.passes.base import Pass
 from graphopt.passes.budget import Budget
 from graphopt.passes.checkpoint import Checkpoint
 from graphopt.passes.module_pass import ModulePass
+from graphopt.passes.split_vocab import SplitVocab
 from graphopt.report import Report
 from graphopt.runtime import Backend, Log, Settings
 from graphopt.tracing import reason_of
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 COMPILERS = ("eager", "inductor", "auto")
 VERIFY = ("structure", "full")
@@ -32,13 +36,14 @@ def optimize(
     *,
     memory: Budget = None,
     activations: Budget = None,
-    passes: Sequence[Pass | ModulePass] | None = None,
+    passes: Sequence[Pass | ModulePass | SplitVocab] | None = None,
     loss: Callable[..., torch.Tensor] | None = None,
     compiler: str = "eager",
     device: str | Device | None = None,
     fullgraph: bool = False,
     profile: bool = False,
     verify: str = "structure",
+    mesh: "DeviceMesh | None" = None,
 ) -> Any:
     """`model` (a module or a function), made to train within a memory budget.
 
@@ -60,6 +65,7 @@ def optimize(
         verify: "structure" checks every rewritten graph; "full" also compares its numerics, on made-up
             inputs, with the graph's before.
         profile: measure the time of every distinct operator instead of predicting it.
+        mesh: ranks that `passes=[SplitVocab()]` splits the vocabulary over, in `model` itself.
         fullgraph: raise TraceError at a graph break instead of planning the parts.
 
     Raises:
@@ -73,10 +79,9 @@ def optimize(
     >>> net[0].weight.grad.shape
     torch.Size([32, 8])
     """
-    if not isinstance(model, nn.Module) and not callable(model):
-        raise TraceError(f"optimize takes a module or a function, not {type(model).__name__}")
-    if verify not in VERIFY:
-        raise GraphoptError(f"verify={verify!r} is none of {', '.join(VERIFY)}")
+    _check(model, verify)
+    if mesh is not None or any(isinstance(p, SplitVocab) for p in passes or ()):
+        return _split(model, passes, mesh, device, plain=(memory, activations, loss) == (None,) * 3)
     first, passes = _module_passes_first(passes)
     chosen = _passes(passes, memory, activations)
     model = run_module_passes(model, first)
@@ -89,8 +94,36 @@ def optimize(
     return OptimizedFunction(model, state)
 
 
+def _check(model: Any, verify: str) -> None:
+    if not isinstance(model, nn.Module) and not callable(model):
+        raise TraceError(f"optimize takes a module or a function, not {type(model).__name__}")
+    if verify not in VERIFY:
+        raise GraphoptError(f"verify={verify!r} is none of {', '.join(VERIFY)}")
+
+
+def _split(
+    model: Any,
+    passes: Sequence[Pass | ModulePass | SplitVocab] | None,
+    mesh: "DeviceMesh | None",
+    device: str | Device | None,
+    plain: bool,
+) -> nn.Module:
+    """`model` with its vocabulary split over `mesh`; `model.split_vocab` is the plan."""
+    if mesh is None:
+        raise GraphoptError("SplitVocab splits over the ranks of a mesh: give mesh=")
+    if not isinstance(model, nn.Module):
+        raise GraphoptError("SplitVocab takes a module: it replaces parameters")
+    first, *rest = passes or (None,)
+    if not isinstance(first, SplitVocab) or rest or not plain:
+        raise GraphoptError("over a mesh, passes= takes one SplitVocab(), no other pass, budget or loss")
+    known = _device(device, model)
+    plan = first.plan(model, mesh, known)
+    model.split_vocab = plan  # type: ignore[assignment]
+    return first.apply(model, mesh, known, plan)
+
+
 def _module_passes_first(
-    passes: Sequence[Pass | ModulePass] | None,
+    passes: Sequence[Pass | ModulePass | SplitVocab] | None,
 ) -> tuple[list[ModulePass], list[Pass] | None]:
     """The passes that change the module, and those that change its program."""
     if passes is None:

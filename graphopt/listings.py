@@ -8,6 +8,7 @@ from graphopt import zoo
 from graphopt.cost_models.devices import KNOWN_DEVICES
 from graphopt.passes.base import Pass
 from graphopt.passes.module_pass import ModulePass
+from graphopt.passes.split_vocab import SplitVocab
 
 
 def passes() -> list[dict[str, Any]]:
@@ -21,7 +22,7 @@ def passes() -> list[dict[str, Any]]:
             "options": [_option(field) for field in dataclasses.fields(kind)],
         }
         for kind in kinds
-        if isinstance(kind, type) and issubclass(kind, Pass | ModulePass)
+        if isinstance(kind, type) and issubclass(kind, Pass | ModulePass | SplitVocab)
     ]
 
 

@@ -8,12 +8,13 @@ if TYPE_CHECKING:
     from graphopt.passes.patch_inference import PatchInference
     from graphopt.passes.skip_layers import SkipLayers
     from graphopt.passes.sparse_update import SparseUpdate
+    from graphopt.passes.split_vocab import SplitVocab
     from graphopt.passes.stream_loss import StreamLoss
 
 if __name__ != "graphopt.passes":
     raise ImportError(f"import this package as graphopt.passes, not as {__name__}")
 
-__all__ = ["Checkpoint", "PatchInference", "SkipLayers", "SparseUpdate", "StreamLoss"]
+__all__ = ["Checkpoint", "PatchInference", "SkipLayers", "SparseUpdate", "SplitVocab", "StreamLoss"]
 
 # Public name -> the module that defines it.
 _LAZY = {
@@ -21,6 +22,7 @@ _LAZY = {
     "PatchInference": "graphopt.passes.patch_inference",
     "SkipLayers": "graphopt.passes.skip_layers",
     "SparseUpdate": "graphopt.passes.sparse_update",
+    "SplitVocab": "graphopt.passes.split_vocab",
     "StreamLoss": "graphopt.passes.stream_loss",
 }
 

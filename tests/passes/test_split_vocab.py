@@ -1,0 +1,90 @@
+"""Language models whose vocabulary is split over two gloo processes train as plain ones do."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+pytest.importorskip("transformers")
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+
+HALVES = {
+    "gpt2, tied": ["transformer.wte.weight"],
+    "llama, untied": ["lm_head.weight", "model.embed_tokens.weight"],
+    "gemma2, tied, soft cap": ["model.embed_tokens.weight"],
+    "phi, bias": ["lm_head.weight", "lm_head.bias", "model.embed_tokens.weight"],
+    "renamed": ["d.weight", "d.bias", "b.weight"],
+}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What two ranks found."""
+    folder = tmp_path_factory.mktemp("models")
+    worker = ROOT / "tests" / "helpers" / "split_models_worker.py"
+    run = subprocess.run(
+        [sys.executable, str(worker), str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads((folder / "results.json").read_text())
+
+
+@pytest.mark.parametrize("model", HALVES)
+def test_parameters_are_found_by_structure(found: Any, model: str) -> None:
+    assert found[model]["names"] == HALVES[model]
+    assert found[model]["rows"] == [50] * len(HALVES[model])  # of 101, on rank 0
+    assert found[model]["plan"].startswith(", ".join(HALVES[model]) + ": 101 words over 2 ranks")
+    assert found[model]["same plan"]
+
+
+@pytest.mark.parametrize("model", HALVES)
+def test_training_is_that_of_the_plain_model(found: Any, model: str) -> None:
+    # transformers casts float64 logits to float32, so that its plain models are the coarser ones
+    bar = 1e-12 if model == "renamed" else 2e-6
+    assert found[model]["loss"] < bar
+    assert found[model]["trained"] < bar
+
+
+@pytest.mark.parametrize("model", HALVES)
+def test_logits_are_gathered_where_they_are_used(found: Any, model: str) -> None:
+    assert found[model]["logits type"] == "SplitLogits"
+    assert found[model]["logits"] < (1e-12 if model == "renamed" else 2e-6)
+    three = model == "llama, untied"  # the embedding, and one exchange, or two
+    assert found[model]["collectives without gradients"] == (3 if three else 2)
+
+
+@pytest.mark.parametrize("model", HALVES)
+def test_state_dicts_are_of_the_whole_model(found: Any, model: str) -> None:
+    assert found[model]["loaded"] == 0.0
+    assert found[model]["copied"] == 0.0
+
+
+def test_no_model_is_split_twice(found: Any) -> None:
+    assert "split already" in found["renamed"]["again"]
+
+
+@pytest.mark.parametrize(
+    ("case", "said"),
+    [
+        ("mesh", "GraphoptError: SplitVocab splits over the ranks of a mesh: give mesh="),
+        ("passes", "GraphoptError: over a mesh, passes= takes one SplitVocab()"),
+        ("memory", "GraphoptError: over a mesh, passes= takes one SplitVocab()"),
+        ("dimension", "GraphoptError: the mesh has 2 dimensions ('dp', 'tp'): name the one that splits"),
+        ("function", "GraphoptError: SplitVocab takes a module"),
+        ("batch", "PlanError: the model does not run on input_ids, labels"),
+        ("algorithm", "PlanError: algorithm='no-barrier' is none of"),
+    ],
+)
+def test_refusals(found: Any, case: str, said: str) -> None:
+    assert found["refusals"][case].startswith(said)
