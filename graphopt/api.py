@@ -81,10 +81,9 @@ def optimize(
     """
     _check(model, verify)
     if mesh is not None or any(isinstance(p, SplitVocab) for p in passes or ()):
-        return _split(model, passes, mesh, device, plain=(memory, activations, loss) == (None,) * 3)
-    first, passes = _module_passes_first(passes)
-    chosen = _passes(passes, memory, activations)
-    model = run_module_passes(model, first)
+        return _split(model, passes, mesh, device, (memory, activations, loss) == (None,) * 3)
+    first, rest = _module_passes_first(passes)
+    chosen, model = _passes(rest, memory, activations), run_module_passes(model, first)
     if first and not chosen and loss is None and compiler == "eager":
         return model
     settings = Settings(chosen, _compiler(compiler), _device(device, model), profile, verify)
