@@ -44,6 +44,7 @@ MIB = 2**20
 RANKS = 2
 N, D, V = 2048, 512, 32000
 TOP_MIB, TOP_SHARE = 60, 0.75
+NO_COLLECTIVES = ("wait_tensor", "_wrap_tensor_autograd")  # of the same namespace
 OURS = "ours, as planned"
 WAYS = (
     Way("three-barrier", "tokens", 128),
@@ -66,7 +67,7 @@ class Counter(TorchDispatchMode):
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # its own operators come back here
         name = func.overloadpacket.__name__
-        if func.namespace == "_c10d_functional" and name != "wait_tensor":
+        if func.namespace == "_c10d_functional" and name not in NO_COLLECTIVES:
             self.seen.append((name, args[0].numel() * args[0].element_size()))
         return func(*args, **(kwargs or {}))
 

@@ -107,7 +107,7 @@ def test_no_swap_improves_on_greedy() -> None:
 
 def test_greedy_runs_few_layers() -> None:
     layers, count = 24, 6
-    batches = token_batches(4)
+    batches = token_batches(2, samples=1)
     e = evidence(block_model("llama", layers), batches)
     trials = LayerTrials(e.model, e.stack, e.batches)
     begin = trials.layer_runs
