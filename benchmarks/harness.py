@@ -253,7 +253,7 @@ def prediction(optimized: Any) -> dict[str, Any]:
     return {
         "graphs": len(found),
         "static_bytes": static,
-        "predicted_bytes": plan.peak_bytes,
+        "predicted_bytes": found[-1].compiled_peak_bytes or plan.peak_bytes,
         "budget_bytes": plan.budget_bytes,
         "recompute_flops": plan.recompute_flops,
         "counted_flops": graph_flops(found[-1].after.graph) - graph_flops(found[-1].before.graph),

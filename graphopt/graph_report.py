@@ -128,7 +128,7 @@ class GraphReport:
             buffer_bytes=_role_bytes(record.before, plain, Role.BUFFER),
             input_bytes=_role_bytes(record.before, plain, Role.INPUT),
             baseline_peak_bytes=before.timeline.peak_bytes,
-            peak_bytes=after.timeline.peak_bytes,
+            peak_bytes=record.compiled_peak_bytes or after.timeline.peak_bytes,
             budget_bytes=_budget(record),
             step_seconds=sum(o.seconds for o in before.flow.operators),
             recompute_seconds=sum(o.seconds for o in again),

@@ -1,20 +1,36 @@
 """The planned graphs in Inductor's hands: our partition in its pipeline, its kernels in our step."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import fx
+from torch._inductor import config
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 
 from graphopt.cost_models.nodes import runs_kernel
+from graphopt.inductor_memory import staying_within
+from graphopt.program import leaves
 
 aten = torch.ops.aten
+# The order is the plan's. A freed buffer that waits to be used again would stay allocated meanwhile.
+_AS_PLANNED: dict[str, Any] = {"reorder_for_peak_memory": False, "allow_buffer_reuse": False}
 
 
 class PlannedGraph(Protocol):
     """What this module asks of a graph on its way through AOTAutograd."""
+
+    @property
+    def room_bytes(self) -> int | None:
+        """What one half of the step may hold beside parameters and inputs; None for any amount."""
+
+    @property
+    def scratch_bytes(self) -> Mapping[str, int]:
+        """What library kernels hold while they run, by the name of their node."""
+
+    def note_peak(self, peak_bytes: int) -> None:
+        """What one half of the step holds at most beside parameters and inputs, as compiled."""
 
     def partition(
         self, joint: fx.GraphModule, inputs: Any, *, num_fwd_outputs: int, **options: Any
@@ -36,7 +52,9 @@ def compile_with_inductor(
         placeholders = [n for n in part.graph.nodes if n.op == "placeholder"]
         if options.get("is_inference"):
             graph.record_inference(part)
-        compiled = compile_fx_inner(part, inputs, **options)
+        held = staying_within(graph.room_bytes, graph.scratch_bytes, graph.note_peak)
+        with config.patch({"_post_fusion_custom_pass": held, **_AS_PLANNED}):
+            compiled = compile_fx_inner(part, inputs, **options)
         return graph.backward_of(placeholders, compiled) if options.get("is_backward") else compiled
 
     patches = {"custom_partitioner_fn": _Partitioner(graph)}
@@ -50,25 +68,63 @@ def _let_strides_change(backward: fx.GraphModule) -> None:
         node.target = aten.reshape.default
 
 
-def let_products_stay(part: fx.GraphModule) -> None:
-    """Products that are added to something later stay where the plan has them.
+def keep_places(part: fx.GraphModule) -> None:
+    """What the plan computes early, to be rid of its operands, Inductor does not put off.
 
-    Inductor makes one `addmm` of a product and a sum, at the place of the sum, up to which the operands
-    of the product would stay alive. Its pattern does not see through two views that do nothing.
+    It computes an elementwise result where it is used, up to which all operands stay alive: here such a
+    result becomes a tensor of its own where its operands die and are more than itself. And of a product
+    and a sum it makes one `addmm`, in the place of the sum: its pattern does not see through two views
+    that do nothing.
     """
     place = {n: i for i, n in enumerate(n for n in part.graph.nodes if runs_kernel(n))}
-    for node in part.graph.find_nodes(op="call_function", target=aten.add.Tensor):
-        for product in node.all_input_nodes:
-            if product.target is aten.mm.default and place[node] > place[product] + 1:
-                with part.graph.inserting_before(node):
-                    flat = part.graph.call_function(aten.view.default, (product, [-1]))
-                    same = part.graph.call_function(
-                        aten.view.default, (flat, list(product.meta["val"].shape))
-                    )
-                flat.meta = product.meta | {"val": product.meta["val"].view(-1)}
-                same.meta = dict(product.meta)
-                node.replace_input_with(product, same)
+    last = _last_reads(part.graph)
+    for node, here in place.items():
+        if _is_elementwise(node) and last.get(node, 0) > here + 1:
+            operands = dict.fromkeys(map(_owner, node.all_input_nodes))
+            dying = (n for n in operands if last[n] == here and not n.name.startswith("primals"))
+            if sum(map(_nbytes, dying)) > _nbytes(node):
+                node.meta["inductor_realize_to_strides"] = True
+        if node.target is aten.add.Tensor:
+            for product in node.all_input_nodes:
+                if product.target is aten.mm.default and here > place[product] + 1:
+                    _hide_product(product, node)
     part.recompile()
+
+
+def _hide_product(product: fx.Node, user: fx.Node) -> None:
+    with user.graph.inserting_before(user):
+        flat = user.graph.call_function(aten.view.default, (product, [-1]))
+        same = user.graph.call_function(aten.view.default, (flat, list(product.meta["val"].shape)))
+    flat.meta = product.meta | {"val": product.meta["val"].view(-1)}
+    same.meta = dict(product.meta)
+    user.replace_input_with(product, same)
+
+
+def _last_reads(graph: fx.Graph) -> dict[fx.Node, int]:
+    """For each node that owns a storage, how many kernels ran before the last that reads it."""
+    last: dict[fx.Node, int] = {}
+    kernels = 0
+    for node in graph.nodes:
+        if runs_kernel(node) or node.op == "output":
+            last.update((_owner(operand), kernels) for operand in node.all_input_nodes)
+            kernels += 1
+    return last
+
+
+def _owner(node: fx.Node) -> fx.Node:
+    """The node whose storage `node` looks at: itself, but for views."""
+    while node.op == "call_function" and len(found := leaves(node)) == 1 and found[0].alias:
+        node = node.all_input_nodes[found[0].alias[0]]
+    return node
+
+
+def _nbytes(node: fx.Node) -> int:
+    return sum(leaf.nbytes for leaf in leaves(node))
+
+
+def _is_elementwise(node: fx.Node) -> bool:
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
 
 
 class _Partitioner(CustomPartitionerFn):
@@ -80,7 +136,8 @@ class _Partitioner(CustomPartitionerFn):
     def __call__(self, gm: torch.fx.GraphModule, joint_inputs: Sequence[object], **options: Any) -> Any:
         forward, backward = self.graph.partition(gm, joint_inputs, **options)
         _let_strides_change(backward)
-        let_products_stay(backward)
+        if self.graph.room_bytes is not None:
+            keep_places(backward)
         return forward, backward
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Partitioner":

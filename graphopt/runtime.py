@@ -1,7 +1,7 @@
 """The backend that torch.compile calls: capture, passes, and the two modules that run."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +13,13 @@ from graphopt.accumulation import Accumulation
 from graphopt.capture import Frame, frame_of, program_of
 from graphopt.cleanup import cleaned
 from graphopt.cost_models.costs import Costs
-from graphopt.cost_models.devices import Device
+from graphopt.cost_models.devices import Device, format_bytes
 from graphopt.errors import PlanError
 from graphopt.lower import boxed, overwrite_dead_operands
 from graphopt.numerics import compare_numerics
 from graphopt.passes.base import Pass
 from graphopt.passes.pipeline import PassStep, run_passes
+from graphopt.passes.replay import RECOMPUTE_OF
 from graphopt.program import Program, Role, leaves, tensors_of
 from graphopt.split import backward_module, forward_module, saved_nodes
 from graphopt.tangents import unlikely_tangents, without_gradients
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from graphopt.comparison import StepComparison
 
 Boxed = Callable[[list[Any]], Sequence[Any]]
+ATTEMPTS = 3  # plans for one graph, each with less room, where Inductor holds more than planned
 
 
 @dataclass(frozen=True)
@@ -46,13 +48,29 @@ class Settings:
 
 @dataclass(frozen=True)
 class GraphRecord:
-    """One captured graph: before and after the passes, and each pass's step."""
+    """One captured graph: before and after the passes, and each pass's step.
+
+    `compiled_peak_bytes` is the peak of the step by the schedule of the compiler that runs the planned
+    graph, where that is not ours: bytes, parameters and inputs included.
+    """
 
     before: Program
     after: Program
     steps: tuple[PassStep, ...]
     costs: Costs
     trace_seconds: float
+    compiled_peak_bytes: int | None = None
+
+    @property
+    def static_bytes(self) -> int:
+        """Parameters, buffers and inputs, and what the step holds outside of this graph."""
+        return self.costs.dataflow(self.before).static_bytes
+
+    @property
+    def limit_bytes(self) -> int | None:
+        """What a compiler of the planned graph should stay within; None where any peak will do."""
+        limits = (step.pass_.limit_bytes(self.before, step.plan) for step in self.steps)
+        return min((limit for limit in limits if limit is not None), default=None)
 
     @property
     def kept_bytes(self) -> int:
@@ -91,12 +109,10 @@ class Backend:
         frame = frame_of(module, example_inputs)
         if frame.broken_at is not None:
             self.log.breaks.append(frame.broken_at)
-        graph = _Graph(self.settings, self.log, frame)
         if self.settings.compiler == "inductor":
-            from graphopt.inductor import compile_with_inductor
-
-            compiled = compile_with_inductor(module, example_inputs, graph)
+            graph, compiled = self._through_inductor(module, example_inputs, frame)
         else:
+            graph = _Graph(self.settings, self.log, frame)
             compiled = aot_autograd(
                 fw_compiler=graph.compile_forward,
                 bw_compiler=graph.compile_backward,
@@ -105,14 +121,34 @@ class Backend:
             )(module, example_inputs)
         return _noted(self.log, graph, _leaving_gradients_undefined(compiled))
 
+    def _through_inductor(
+        self, module: fx.GraphModule, example_inputs: Sequence[Any], frame: Frame
+    ) -> tuple["_Graph", Callable[..., Any]]:
+        """As planned and compiled; where the result is over its budget, planned again with less room."""
+        from graphopt.inductor import compile_with_inductor
+
+        margin, logged = 0, len(self.log.records)
+        for _ in range(ATTEMPTS):
+            graph = _Graph(self.settings, self.log, frame, margin)
+            compiled = compile_with_inductor(module, example_inputs, graph)
+            if graph.excess_bytes <= 0:
+                return graph, compiled
+            margin += graph.excess_bytes
+            del self.log.records[logged:]
+        raise PlanError(
+            f"what Inductor makes of the plan is {format_bytes(graph.excess_bytes)} over the budget, "
+            f"planned {ATTEMPTS} times with less room each; compiler='eager' runs the plan as it is"
+        )
+
 
 class _Graph:
     """One graph on its way through AOTAutograd."""
 
-    def __init__(self, settings: Settings, log: Log, frame: Frame) -> None:
+    def __init__(self, settings: Settings, log: Log, frame: Frame, margin_bytes: int = 0) -> None:
         self.settings = settings
         self.log = log
         self.frame = frame
+        self.margin_bytes = margin_bytes
         self.unlikely: frozenset[str] = frozenset()
         self.full_backward: fx.GraphModule | None = None
         self.accumulation = Accumulation(())
@@ -148,7 +184,9 @@ class _Graph:
 
     def _run_passes(self, program: Program) -> Program:
         traced = time.perf_counter() - self.log.begin
-        planned, steps = run_passes(program, self.settings.passes, self._costs, time.perf_counter)
+        planned, steps = run_passes(
+            program, self.settings.passes, self._costs_to_plan_with, time.perf_counter
+        )
         self.steps = steps
         if self.settings.verify == "full":
             compare_numerics(planned, program)
@@ -167,6 +205,42 @@ class _Graph:
             reserved_bytes=reserved,
             followed=self.frame.broken_at is not None,
         )
+
+    def _costs_to_plan_with(self, program: Program) -> Costs:
+        costs = self._costs(program)
+        return replace(costs, reserved_bytes=costs.reserved_bytes + self.margin_bytes)
+
+    @property
+    def _logged(self) -> GraphRecord:
+        assert self.record is not None, "nothing is planned yet"
+        return self.log.records[self.record]
+
+    @property
+    def room_bytes(self) -> int | None:
+        """What one half of the step may hold beside parameters and inputs; None for any amount."""
+        limit = self._logged.limit_bytes
+        return None if limit is None else limit - self._logged.static_bytes
+
+    @property
+    def scratch_bytes(self) -> Mapping[str, int]:
+        """What library kernels hold while they run, by the name of their node."""
+        known = self._logged.costs.workspace_bytes
+        nodes = self._logged.after.operators()
+        return {n.name: known.get(n.meta.get(RECOMPUTE_OF, n.name), 0) for n in nodes}
+
+    def note_peak(self, peak_bytes: int) -> None:
+        """What one half of the step holds at most beside parameters and inputs, as compiled."""
+        peak = max(self._logged.compiled_peak_bytes or 0, self._logged.static_bytes + peak_bytes)
+        assert self.record is not None
+        self.log.records[self.record] = replace(self._logged, compiled_peak_bytes=peak)
+
+    @property
+    def excess_bytes(self) -> int:
+        """By how much the compiled step is over its budget; 0 where there is no number to keep to."""
+        peak = None if self.record is None else self._logged.compiled_peak_bytes
+        budgets = (getattr(step.plan, "budget_bytes", None) for step in self._logged.steps)
+        limit = self._logged.limit_bytes
+        return 0 if peak is None or limit is None or not any(budgets) else max(0, peak - limit)
 
     def _replay_on(self, full: Program) -> Program:
         """The passes' plans applied to the program in which every gradient may arrive."""

@@ -28,3 +28,10 @@ class Pass(ABC):
     @abstractmethod
     def apply(self, program: Program, plan: Any) -> Program:
         """A new program with `plan` carried out."""
+
+    def limit_bytes(self, program: Program, plan: Any) -> int | None:
+        """The peak of the step that `plan` promises for `program`, if it promises one.
+
+        Bytes, parameters and inputs included. A compiler that runs the result stays within it.
+        """
+        return None

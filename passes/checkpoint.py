@@ -19,6 +19,7 @@ from graphopt.passes.budget import Budget, check_budget, resolve_budget
 from graphopt.passes.chain_solver import Choice
 from graphopt.passes.checkpoint_choice import (
     Search,
+    bytes_made,
     check_choice,
     choose,
     everything,
@@ -143,6 +144,16 @@ class Checkpoint(Pass):
         check_choice(flow, keep)
         keep |= states_needed(flow, Choice(keep, ephemeral, order, 0.0, 0))
         return with_recomputation(program, flow, keep, ephemeral, order)
+
+    def limit_bytes(self, program: Program, plan: CheckpointPlan) -> int | None:
+        """The budget; for "min" the plan's peak; None where no bound was asked for."""
+        if self.memory is None and self.activations is None:
+            return None
+        limit = plan.peak_bytes if plan.budget_bytes is None else plan.budget_bytes
+        flow = dataflow(program)
+        if self.activations is not None:
+            limit += bytes_made(flow, flow.gradients)
+        return limit - bytes_made(flow, flow.outputs) if self.hold_outputs else limit
 
     def _budget_bytes(self, baseline_bytes: int, static_bytes: int) -> int | None:
         if self.activations is None:

@@ -293,5 +293,9 @@ def without_gradient_bytes(flow: Dataflow) -> Dataflow:
 
 def holding_outputs(flow: Dataflow) -> Dataflow:
     """`flow` with room for the outputs of the forward all through the step."""
-    held = sum(flow.values[v].nbytes for v in flow.outputs if flow.values[v].producer != NO_PRODUCER)
-    return replace(flow, static_bytes=flow.static_bytes + held)
+    return replace(flow, static_bytes=flow.static_bytes + bytes_made(flow, flow.outputs))
+
+
+def bytes_made(flow: Dataflow, values: Iterable[int]) -> int:
+    """Bytes of those of `values` that the step makes."""
+    return sum(flow.values[v].nbytes for v in values if flow.values[v].producer != NO_PRODUCER)

@@ -13,7 +13,8 @@ from graphopt import measure, optimize
 from graphopt.cost_models.calls import call_of
 from graphopt.cost_models.costs import Costs
 from graphopt.cost_models.devices import get_device
-from graphopt.inductor import let_products_stay
+from graphopt.errors import PlanError
+from graphopt.inductor import keep_places
 from graphopt.tracing import trace
 
 aten = torch.ops.aten
@@ -43,10 +44,26 @@ def sum_of_products(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, tor
     return now + between, late + between
 
 
+def sums_of_products(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Three sums: of what dies there but is read later, read at once, and of what partly stays."""
+    early = x.mm(y) + y.mm(x)
+    soon = (y.mm(y) + x.mm(x)).sin()
+    stays = soon.mm(x)
+    partly = stays + soon.mm(y)
+    return soon, stays.mm(y), partly.sin(), early.sin()
+
+
+def test_a_sum_that_is_read_late_becomes_a_tensor_where_more_than_itself_dies() -> None:
+    module = trace(sums_of_products, tuple(torch.randn(2, 6, 6))).module
+    keep_places(module)
+    sums = module.graph.find_nodes(op="call_function", target=aten.add.Tensor)
+    assert ["inductor_realize_to_strides" in n.meta for n in sums] == [True, False, False]
+
+
 def test_a_product_that_is_added_later_is_out_of_sight_of_addmm() -> None:
     x, y = torch.randn(2, 6, 6)
     module = make_fx(sum_of_products, tracing_mode="fake")(x, y)
-    let_products_stay(module)
+    keep_places(module)
     module.graph.lint()
     now, late = module.graph.find_nodes(op="call_function", target=aten.add.Tensor)
     assert now.args[0].target is aten.mm.default
@@ -81,19 +98,49 @@ def test_costs_for_inductor_write_over_nothing() -> None:
     assert not any(o.reusable for o in fused.operators)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
-def test_a_tied_model_in_little_memory() -> None:
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs g++")
+
+
+@needs_compiler
+@pytest.mark.parametrize("memory", ["min", 0.85, None])
+def test_a_tied_model_at_the_peak_that_the_report_predicts(memory: str | float | None) -> None:
     torch.manual_seed(0)
     model = Tied()
     tokens = torch.randint(0, 512, (8, 64))
-    optimized = optimize(copy.deepcopy(model), memory="min", compiler="inductor")
+    optimized = optimize(copy.deepcopy(model), memory=memory, compiler="inductor")
     model(tokens).backward()
     optimized(tokens).backward()
     for p, q in zip(model.parameters(), optimized.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-6)
     optimized.zero_grad()
     record = optimized._graphopt.log.records[-1]
-    plan = record.steps[-1].plan
-    static = record.costs.dataflow(record.before).static_bytes
+    assert optimized.report.predicted_peak_bytes == record.compiled_peak_bytes
+    if record.limit_bytes is not None:
+        assert record.compiled_peak_bytes <= record.limit_bytes
+    predicted = record.compiled_peak_bytes - record.static_bytes
     measured = measure(lambda: optimized(tokens).backward()).peak_bytes
-    assert measured <= 1.02 * (plan.peak_bytes - static)
+    assert measured == pytest.approx(predicted, rel=0.005)
+
+
+@needs_compiler
+def test_a_plan_that_inductor_cannot_keep_to_is_made_again_with_less_room(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plans: list[int] = []
+    monkeypatch.setattr(
+        "graphopt.inductor_memory._scratch", lambda *_: plans.append(1) or 40_000 * (len(plans) < 400)
+    )
+    model = Tied(words=64, width=16, depth=2)
+    tokens = torch.randint(0, 64, (8, 64))
+    optimized = optimize(model, memory=0.8, compiler="inductor")
+    optimized(tokens).backward()
+    (record,) = optimized._graphopt.log.records
+    assert record.compiled_peak_bytes <= record.limit_bytes
+
+
+@needs_compiler
+def test_a_budget_that_inductor_never_meets_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("graphopt.inductor_memory._scratch", lambda *_: 10**6)
+    optimized = optimize(Tied(words=64, width=16, depth=2), memory=0.8, compiler="inductor")
+    with pytest.raises(PlanError, match="no plan keeps the step within"):
+        optimized(torch.randint(0, 64, (8, 64)))

@@ -1,0 +1,186 @@
+"""Memory under Inductor: what its own schedule holds, and fusions undone where they do not fit.
+
+Inductor decides late what becomes a tensor and what stays inside a kernel, so the peak is read from
+its schedule. A fused kernel holds the operands and results of all its parts at once, also of parts that
+the plan has far apart; where that raises the peak above the limit, the kernel is taken apart again.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import accumulate
+from typing import Any
+
+from torch._inductor import memory
+from torch._inductor.codegen.cpp import OuterLoopFusedSchedulerNode
+from torch._inductor.scheduler import BaseSchedulerNode, FusedSchedulerNode, SchedulerNode
+from torch._inductor.virtualized import V
+from torch.utils._ordered_set import OrderedSet
+
+Nodes = list[BaseSchedulerNode]
+
+
+def staying_within(
+    limit_bytes: int | None, scratch_bytes: Mapping[str, int], note_peak: Callable[[int], None]
+) -> Callable[[Nodes], Nodes]:
+    """A pass over the fused nodes of Inductor's scheduler (its `_post_fusion_custom_pass`).
+
+    It takes kernels apart until the part's peak is within the limit, as far as that helps, and notes the
+    peak: bytes of what the part is given to free, makes and returns, without parameters and inputs.
+    `scratch_bytes` are what library kernels hold while they run, by the name of their node.
+    """
+
+    def within(nodes: Nodes) -> Nodes:
+        schedule = _Schedule(nodes, scratch_bytes)
+        while limit_bytes is not None and schedule.peak_bytes > limit_bytes:
+            crowd = schedule.fused_at_peak()
+            if not crowd:
+                break
+            parts = [p for n in schedule.nodes for p in (_parts(n) if n in crowd else [n])]
+            schedule = _Schedule(_in_order(parts), scratch_bytes)
+        note_peak(schedule.peak_bytes)
+        return schedule.nodes
+
+    return within
+
+
+class _Schedule:
+    """Scheduler nodes in the order they will run, and the bytes that are live beside each."""
+
+    def __init__(self, nodes: Nodes, scratch_bytes: Mapping[str, int]) -> None:
+        self.nodes = nodes
+        buffers = _buffers(nodes)
+        self.held = [b for b in buffers if not _stays_inside(b, nodes)]
+        leaving = {b.buffer.get_name() for b in self.held}
+        over = {n: o for n, o in _written_over(nodes, buffers).items() if {n, o} <= leaving}
+        change = [0] * (len(nodes) + 1)
+        for held in self.held:
+            if held.buffer.get_name() not in over:
+                change[held.start_step] += held.size_alloc
+            if held.end_step >= 0 and held.buffer.get_name() not in over.values():
+                change[held.end_step + 1] -= held.size_free
+        live = accumulate(change[:-1])
+        self.live = [b + _scratch(n, scratch_bytes) for b, n in zip(live, nodes, strict=True)]
+
+    @property
+    def peak_bytes(self) -> int:
+        return max(self.live, default=0)
+
+    def fused_at_peak(self) -> set[BaseSchedulerNode]:
+        """The fused kernel that runs at the peak; else those that make or await what is live there."""
+        at = self.live.index(self.peak_bytes)
+        if _is_group(self.nodes[at]):
+            return {self.nodes[at]}
+        steps = {
+            step
+            for held in self.held
+            if held.start_step <= at and (held.end_step < 0 or at <= held.end_step)
+            for step in (held.start_step, held.end_step)
+        }
+        return {self.nodes[s] for s in steps if s >= 0 and _is_group(self.nodes[s])}
+
+
+def _buffers(nodes: Nodes) -> list[memory.BufferInfo]:
+    """Bytes and life of every buffer."""
+    given = memory.get_freeable_input_buf(nodes, OrderedSet(V.graph.graph_inputs))
+    if nodes:
+        scheduler = nodes[0].scheduler
+        memory.assign_memory_planning_info_for_scheduler_buffers(nodes, scheduler.name_to_buf)
+    for name, buffer in given.items():  # Inductor counts a broadcast operand as often as it is read
+        buffer.mpi_buffer.size_free = _nbytes(V.graph.graph_inputs[name])
+    return memory.compute_memory_timeline(nodes, given, OrderedSet(V.graph.get_output_names()))[0]
+
+
+def _stays_inside(buffer: memory.BufferInfo, nodes: Nodes) -> bool:
+    """True for what never leaves the fused kernel that makes it."""
+    made_here = buffer.buffer.get_name() not in V.graph.graph_inputs
+    fused = isinstance(nodes[buffer.start_step], FusedSchedulerNode)
+    return made_here and fused and buffer.start_step == buffer.end_step
+
+
+def _nbytes(tensor: Any) -> int:
+    return int(tensor.get_numel()) * int(tensor.get_dtype().itemsize)
+
+
+def _written_over(nodes: Nodes, buffers: Iterable[memory.BufferInfo]) -> dict[str, str]:
+    """For each buffer that a generated kernel writes over an operand that dies there: that operand."""
+    lives = {b.buffer.get_name(): b for b in buffers}
+    found: dict[str, str] = {}
+    for step, node in enumerate(nodes):
+        taken: set[str] = set()
+        if isinstance(node, OuterLoopFusedSchedulerNode):  # keeps these in a buffer per thread
+            taken |= {
+                n for n, life in lives.items() if life.start_step == step and _stays_inside(life, nodes)
+            }
+        for member in () if node.is_extern() else node.get_nodes():
+            for buffer in member.get_outputs():
+                size = lives[buffer.get_name()].size_alloc
+                for name in dict.fromkeys(read.name for read in member.read_writes.reads):
+                    operand, life = _operand(member, name), lives.get(name)
+                    dies = operand and life and life.end_step == step and life.size_free == size > 0
+                    if dies and name not in taken and _may_replace(operand, buffer, member, node):
+                        taken.add(name)
+                        found[buffer.get_name()] = name
+                        break
+    return found
+
+
+def _operand(node: BaseSchedulerNode, name: str) -> Any:
+    """The buffer of this name that a generated kernel may write over, if there is one."""
+    return node.scheduler.name_to_donated_buffer.get(name) or node.scheduler.name_to_buf.get(name)
+
+
+def _may_replace(old: Any, new: Any, reader: BaseSchedulerNode, kernel: BaseSchedulerNode) -> bool:
+    """True where Inductor writes `new` over `old` when `reader`, a part of `kernel`, makes it."""
+    group = kernel.get_nodes()
+    users = [u for u in old.users if u.node in group]
+    reads = {r for m in group for r in m.read_writes.reads_and_writes() if r.name == old.get_name()}
+    return (
+        any(u.node is reader and u.can_inplace for u in users)
+        and all(u.node is reader or u.node.get_name() in reader.ancestors for u in users)
+        and len(reads) == 1
+        and old.node.get_dtype() == new.node.get_dtype()
+    )
+
+
+def _scratch(node: BaseSchedulerNode, scratch_bytes: Mapping[str, int]) -> int:
+    """Bytes that a library kernel holds while it runs; generated kernels hold nothing."""
+    if not node.is_extern() or node.node is None:
+        return 0
+    return max((scratch_bytes.get(origin.name, 0) for origin in node.node.get_origins()), default=0)
+
+
+def _is_group(node: BaseSchedulerNode) -> bool:
+    """True for a kernel of several generated loops; what surrounds a template cannot be taken apart."""
+    if not isinstance(node, FusedSchedulerNode) or node.is_foreach():
+        return False
+    return all(isinstance(m, SchedulerNode) and not m.is_template() for m in node.get_nodes())
+
+
+def _parts(group: Any) -> Nodes:
+    """The loops of a group, still together where the plan has them side by side.
+
+    Of a group that is all side by side, every loop alone.
+    """
+    outer = isinstance(group, OuterLoopFusedSchedulerNode)
+    loops = sorted(group.get_outer_nodes() if outer else group.get_nodes(), key=lambda n: n.min_order)
+    runs: list[list[Any]] = []
+    for loop in loops:
+        if runs and loop.min_order == runs[-1][-1].max_order + 1:
+            runs[-1].append(loop)
+        else:
+            runs.append([loop])
+    if len(runs) == 1:
+        return loops
+    kind: Any = OuterLoopFusedSchedulerNode if outer else FusedSchedulerNode
+    depth = (group.outer_loop_fusion_depth,) if outer else ()
+    return [r[0] if len(r) == 1 else kind(group.scheduler, r, *depth) for r in runs]
+
+
+def _in_order(nodes: Sequence[BaseSchedulerNode]) -> Nodes:
+    """`nodes` as near to the plan's order as what they need from each other allows."""
+    scheduler = nodes[0].scheduler
+    scheduler.name_to_fused_node.update(_names(nodes))
+    return scheduler.topological_sort_schedule(sorted(nodes, key=lambda n: n.min_order))
+
+
+def _names(nodes: Iterable[BaseSchedulerNode]) -> dict[str, BaseSchedulerNode]:
+    return {name: n for n in nodes for name in (n.get_name(), *(m.get_name() for m in n.get_nodes()))}
