@@ -1,16 +1,18 @@
 """Quality against the share of layers removed, for every strategy, with and without compensation.
 
-    python benchmarks/skip_layers.py [--steps 300] [--cache FOLDER]
+    python benchmarks/skip_layers.py [--steps 700] [--cache FOLDER] [--strategies NAME ...] [--sublayers]
 
-A small Llama (8 layers) is trained once on the bytes of Python's own library sources; its weights are
-kept in the cache folder. Blocks are chosen and projections refitted on files of the training text;
-figures are of files that were never seen. Perplexity is per byte, KL divergence in nats per byte.
+A small Llama (8 layers of width 256) is trained once, with autocast to bfloat16, on the bytes of
+Python's own library sources; its weights are kept in the cache folder. Blocks are chosen and
+projections refitted on files of the training text; figures are of files that were never seen.
+Perplexity is per byte, KL divergence in nats per byte.
 """
 
 import argparse
 import math
 import sysconfig
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +21,22 @@ from harness import note, setup, table, write
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from graphopt import SkipLayers
 from graphopt.passes.blocks import find_stack
 from graphopt.passes.compensation import KINDS
-from graphopt.passes.layer_trials import LayerTrials
 from graphopt.passes.made_up_inputs import as_batch
-from graphopt.passes.skip_strategies import STRATEGIES
+from graphopt.passes.skip_strategies import STRATEGIES, Evidence
+from graphopt.passes.sublayer_removal import without_units
 
-LAYERS, TOKENS, SAMPLES = 8, 128, 32
+Row = dict[str, Any]
+
+LAYERS, TOKENS, SAMPLES, STEPS = 8, 128, 32, 700
 REMOVED = (1, 2, 3, 4)
 HELD_OUT = 10  # every tenth file
 BATCHES = {"calibration": 4, "held out": 8}
 CONFIG = LlamaConfig(
     vocab_size=256,
-    hidden_size=128,
-    intermediate_size=352,
+    hidden_size=256,
+    intermediate_size=704,
     num_hidden_layers=LAYERS,
     num_attention_heads=4,
     num_key_value_heads=4,
@@ -70,7 +73,8 @@ def trained(text: Tensor, steps: int, cache: Path) -> LlamaForCausalLM:
         rate = min(1, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * step / steps))
         optimizer.param_groups[0]["lr"] = 3e-3 * max(rate, 0.02)
         ids = batch(text, generator)
-        loss = model(input_ids=ids, labels=ids).loss
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(input_ids=ids, labels=ids).loss
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -81,49 +85,112 @@ def trained(text: Tensor, steps: int, cache: Path) -> LlamaForCausalLM:
     return model.eval()  # type: ignore[no-any-return]
 
 
-def rows(model: LlamaForCausalLM, batches: dict[str, list[Tensor]]) -> list[dict[str, Any]]:
-    """A row for every number of layers, strategy and kind of compensation."""
-    calibration = batches["calibration"]
-    held_out = [as_batch(ids, model) for ids in batches["held out"]]
-    trials = LayerTrials(model, find_stack(model, held_out[0]), held_out)
-    found = []
-    for count in REMOVED:
-        for strategy in STRATEGIES:
-            begin = time.perf_counter()
-            plan = SkipLayers(remove=count, strategy=strategy, calibration=calibration).plan(model)
-            seconds = time.perf_counter() - begin
-            for kind in KINDS:
-                pass_ = SkipLayers(keep=plan.kept, calibration=calibration, compensation=kind)
-                quality = trials.quality(frozenset(), pass_.apply(model, plan))
+def rows(
+    model: LlamaForCausalLM, batches: dict[str, list[Tensor]], names: list[str], granularity: str
+) -> list[Row]:
+    """A row for every number of layers, or of two sublayers, strategy and kind of compensation."""
+    calibration, unseen = (tuple(as_batch(ids, model) for ids in batches[key]) for key in BATCHES)
+    stack = find_stack(model, unseen[0])
+    held_out = Evidence(model, stack, unseen)
+    found: list[Row] = []
+    for kind in KINDS:
+        evidence = Evidence(model, stack, calibration, granularity, kind)
+        for strategy in names:
+            choose = STRATEGIES[strategy](evidence)
+            for count in REMOVED:
+                begin = time.perf_counter()
+                removed = choose(count * evidence.count // LAYERS)
+                seconds = time.perf_counter() - begin
+                short = without_units(model, stack, evidence.units, removed)
+                if kind != "none":
+                    evidence.refit(short, removed)
                 row = {"removed": count, "strategy": strategy, "compensation": kind}
-                row |= {"layers": list(plan.removed), "kl": quality.kl, "top1": quality.top1}
-                row |= {"perplexity": quality.perplexity, "whole_perplexity": quality.whole_perplexity}
-                found.append(row | {"plan_seconds": seconds})
-                note(f"{count} {strategy} {kind}: {plan.removed} KL {quality.kl:.4f}")
+                row |= {"layers": [evidence.units[i].name for i in sorted(removed)]}
+                row |= {"plan_seconds": seconds, "parameters": sum(p.numel() for p in short.parameters())}
+                found.append(row | asdict(held_out.trials.quality(frozenset(), short)))
+                note(str(found[-1]))
     return found
 
 
-def report(data: list[dict[str, Any]]) -> str:
-    """One table for each number of layers removed."""
+def evaluations(layers: int = 24, count: int = 6) -> tuple[int, int]:
+    """How often greedy runs a layer on a batch, and how often trying every layer at every step does.
+
+    Of a small untrained model: the count does not depend on width or weights.
+    """
+    config = LlamaConfig.from_dict(CONFIG.to_dict() | {"num_hidden_layers": layers, "hidden_size": 32})
+    model = LlamaForCausalLM(config).eval()
+    ids = as_batch(torch.randint(256, (1, 32), generator=torch.Generator().manual_seed(0)), model)
+    evidence = Evidence(model, find_stack(model, ids), (ids,))
+    STRATEGIES["greedy"](evidence)(count)
+    naive = sum((layers - k) * (layers - k - 1) for k in range(count))
+    return evidence.trials.layer_runs + layers, naive  # and the whole run that Block Influence is of
+
+
+def report(data: list[Row], sublayers: list[Row], counts: tuple[int, int]) -> str:
+    """One table for each number of layers removed, and how greedy compares with the published rules."""
     parts = [f"Perplexity of the whole model: {data[0]['whole_perplexity']:.3f} per byte, held out."]
     for count in REMOVED:
-        parts.append(f"## {count} of {LAYERS} layers removed ({count / LAYERS:.0%})")
+        parts.append(f"## {count} of {LAYERS} layers removed ({count / LAYERS:.1%})")
         lines = []
-        for strategy in STRATEGIES:
+        for strategy in dict.fromkeys(r["strategy"] for r in data):
             same = [r for r in data if (r["removed"], r["strategy"]) == (count, strategy)]
             cells = [f"{r['perplexity']:.2f} / {r['kl']:.3f} / {r['top1']:.1%}" for r in same]
-            layers = " ".join(map(str, same[0]["layers"]))
-            lines.append([strategy, layers, *cells, f"{same[0]['plan_seconds']:.1f}"])
+            layers = "; ".join(dict.fromkeys(" ".join(map(str, r["layers"])) for r in same))
+            lines.append([strategy, layers, *cells, f"{same[-1]['plan_seconds']:.1f}"])
         head = ["strategy", "removed", *(f"{kind}: perplexity / KL / top-1" for kind in KINDS)]
         parts.append(table([*head, "plan s"], lines))
+    parts += ["## Greedy with compensation against the others", table(*gains(data))]
+    if sublayers:
+        parts += ["## As many sublayers as two for each layer", table(*beside(data, sublayers))]
+    ran, naive = counts
+    parts.append(
+        f"Greedy runs {ran} layers to remove 6 of 24, trying all of them {naive} ({ran / naive:.0%})."
+    )
     return "\n\n".join(parts)
+
+
+def gains(data: list[Row]) -> tuple[list[str], list[list[Any]]]:
+    """How many times the divergence of greedy, refitted, that of each other rule is: as published, and
+    refitted alike; and whether greedy is the best of all.
+    """
+    others = [s for s in dict.fromkeys(r["strategy"] for r in data) if s != "greedy"]
+    lines: list[list[Any]] = []
+    for count in REMOVED:
+        cell = {(r["strategy"], r["compensation"]): r for r in data if r["removed"] == count}
+        best = cell["greedy", "linear"]
+        ratios = [
+            f"{cell[o, 'none']['kl'] / best['kl']:.2f} / {cell[o, 'linear']['kl'] / best['kl']:.2f}"
+            for o in others
+        ]
+        first = all(
+            best["kl"] <= r["kl"] and best["perplexity"] <= r["perplexity"] for r in cell.values()
+        )
+        lines.append([count, *ratios, first and all(best["top1"] >= r["top1"] for r in cell.values())])
+    return ["removed", *(f"KL of {o}, plain / refitted" for o in others), "greedy is best"], lines
+
+
+def beside(data: list[Row], sublayers: list[Row]) -> tuple[list[str], list[list[Any]]]:
+    """Greedy on sublayers and on layers, with the same kind of compensation."""
+    lines: list[list[Any]] = []
+    for row in sublayers:
+        key = ("greedy", row["removed"], row["compensation"])
+        (other,) = (r for r in data if (r["strategy"], r["removed"], r["compensation"]) == key)
+        cells = [
+            f"{r['perplexity']:.2f} / {r['kl']:.3f} / {r['top1']:.1%} / {r['parameters'] / 1e6:.2f}"
+            for r in (row, other)
+        ]
+        lines.append([2 * row["removed"], row["compensation"], " ".join(row["layers"]), *cells])
+    figures = "perplexity / KL / top-1 / million parameters"
+    return ["sublayers", "compensation", "removed", figures, f"layers: {figures}"], lines
 
 
 def main() -> None:
     """All tables."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "graphopt")
+    parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=list(STRATEGIES))
+    parser.add_argument("--sublayers", action="store_true", help="greedy on sublayers too")
     options = parser.parse_args()
     setup()
     seen, unseen = texts()
@@ -133,8 +200,10 @@ def main() -> None:
         name: [batch(text, generator) for _ in range(BATCHES[name])]
         for name, text in (("calibration", seen), ("held out", unseen))
     }
-    data = rows(model, batches)
-    write("skip_layers", "Quality without layers", data, report(data))
+    data = rows(model, batches, options.strategies, "layers")
+    sublayers = rows(model, batches, ["greedy"], "sublayers") if options.sublayers else []
+    text = report(data, sublayers, evaluations())
+    write("skip_layers", "Quality without layers", {"layers": data, "sublayers": sublayers}, text)
 
 
 if __name__ == "__main__":

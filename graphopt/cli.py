@@ -1,4 +1,4 @@
-"""The `graphopt` command: analyse a model without running it, list passes, devices and models."""
+"""The `graphopt` command: analyse a model, remove layers of it, list passes, devices and models."""
 
 import argparse
 import json
@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from graphopt import __version__
+from graphopt import __version__, skip_command
 from graphopt.errors import GraphoptError, TraceError
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"graphopt {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_report(commands.add_parser("report", help="predict memory and time of a model's step"))
+    skip_command.add_arguments(commands.add_parser("skip", help="remove layers of a model"))
     listings: dict[str, tuple[Callable[[argparse.Namespace], None], str]] = {
         "passes": (_passes, "list the passes and their options"),
         "devices": (_devices, "list the known devices"),
@@ -86,7 +87,7 @@ def _report(options: argparse.Namespace) -> None:
     from graphopt.cost_models.devices import get_device
     from graphopt.passes.checkpoint import Checkpoint
     from graphopt.report_text import report_lines
-    from graphopt.terminal import print_lines, progress
+    from graphopt.terminal import print_lines, progress, write_text
 
     wanted = _budget(options.memory), _budget(options.activations)
     passes: list[Pass] = [Checkpoint(memory=wanted[0], activations=wanted[1])]
@@ -103,7 +104,7 @@ def _report(options: argparse.Namespace) -> None:
             chosen = passes if program.is_joint else []
             report = analyse(program, loaded.name, chosen, device, traced)
     if options.json:
-        _write(options.json, report.to_json())
+        write_text(options.json, report.to_json())
     if options.json != "-":
         print_lines(report_lines(report, options.top))
 
@@ -126,6 +127,7 @@ def _load(options: argparse.Namespace) -> "LoadedModel":
 
     from graphopt import zoo
     from graphopt.models import load_model
+    from graphopt.terminal import note
 
     given: dict[str, Any] = {
         "size": options.size,
@@ -144,13 +146,14 @@ def _load(options: argparse.Namespace) -> "LoadedModel":
         if ".py:" not in options.model:
             raise
         loaded = load_model(options.model, **given)
-        _note(f"the weights are in memory, since on the meta device {error}")
+        note(f"the weights are in memory, since on the meta device {error}")
         return loaded
 
 
 def _trace(loaded: "LoadedModel", options: argparse.Namespace) -> "Program":
     """A training step; forward only where that is asked for, or an exported program cannot train."""
     from graphopt.analysis import trace_loaded
+    from graphopt.terminal import note
 
     if not loaded.example_args and not loaded.example_kwargs:
         raise GraphoptError(f"{loaded.name} comes without inputs; return (model, inputs)")
@@ -159,27 +162,13 @@ def _trace(loaded: "LoadedModel", options: argparse.Namespace) -> "Program":
     except TraceError as error:
         if options.inference or not loaded.name.endswith(".pt2"):
             raise
-        _note(f"forward only, since {error}")
+        note(f"forward only, since {error}")
         program = trace_loaded(loaded, training=False)
     if not program.is_joint and (options.memory or options.activations):
         raise GraphoptError(
             f"{loaded.name} has no backward, so nothing is kept that a budget could bound"
         )
     return program
-
-
-def _note(text: str) -> None:
-    print(f"graphopt: note: {' '.join(text.split())}", file=sys.stderr)
-
-
-def _write(path: str, text: str) -> None:
-    if path == "-":
-        print(text)
-        return
-    try:
-        Path(path).write_text(text + "\n", encoding="utf-8")
-    except OSError as error:
-        raise GraphoptError(f"cannot write {path}: {error.strerror}") from error
 
 
 def _passes(options: argparse.Namespace) -> None:

@@ -4,12 +4,15 @@ import contextlib
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from rich.theme import Theme
+
+from graphopt.errors import GraphoptError
 
 _STYLES = {
     "static": "grey50",
@@ -46,6 +49,22 @@ def print_table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) 
     with console.capture() as capture:
         console.print(table)
     print("\n".join(line.rstrip() for line in capture.get().rstrip().splitlines()) + "\n")
+
+
+def note(text: str) -> None:
+    """Says `text` on the error stream, on one line."""
+    print(f"graphopt: note: {' '.join(text.split())}", file=sys.stderr)
+
+
+def write_text(path: str, text: str) -> None:
+    """Writes a file, or prints where `path` is `-`; GraphoptError where that fails."""
+    if path == "-":
+        print(text)
+        return
+    try:
+        Path(path).write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise GraphoptError(f"cannot write {path}: {error.strerror}") from error
 
 
 def progress(text: str) -> AbstractContextManager[object]:

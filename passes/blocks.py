@@ -77,17 +77,6 @@ def evaluation(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-@contextlib.contextmanager
-def bypassed(stack: Stack, removed: frozenset[int]) -> Iterator[None]:
-    """The model runs as if the `removed` blocks were not there."""
-
-    def straight(*args: Any, **kwargs: Any) -> Any:
-        return stack.output(stack.hidden(args, kwargs))
-
-    with forwards({stack.blocks[i]: straight for i in removed}):
-        yield
-
-
 @dataclass(frozen=True, eq=False)
 class _Call:
     module: nn.Module

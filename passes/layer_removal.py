@@ -12,6 +12,9 @@ from graphopt.passes.blocks import Stack
 
 # How configurations and modules name the number of their blocks.
 _COUNT = re.compile(r"(num|n)_(hidden_)?layers?|(encoder|decoder)_layers")
+# How configurations name lists of blocks by position, and how many of the first blocks are of a kind.
+_POSITIONS = re.compile(r".*_(layers|layers?_idxs?|idxs|indices)")
+_LEADING = re.compile(r"first_k_dense_replace|max_window_layers")
 # Lists of a configuration that have nothing to do with blocks, whatever their length.
 _NOT_PER_LAYER = re.compile(r"architectures|.*_token_ids?")
 
@@ -81,9 +84,21 @@ def _cut(owner: Any, count: int, kept: Sequence[int]) -> None:
     for name, value in vars(owner).items():
         if type(value) is int and value == count and _COUNT.fullmatch(name):
             changed[name] = len(kept)
+        elif _are_positions(owner, name, value, count):
+            changed[name] = type(value)(new for new, old in enumerate(kept) if old in value)
         elif _per_layer(owner, name, value, count):
             changed[name] = type(value)(value[i] for i in kept)
+        elif type(value) is int and not isinstance(owner, nn.Module) and _LEADING.fullmatch(name):
+            changed[name] = sum(old < value for old in kept)
     vars(owner).update(changed)  # at once: a configuration checks that its lists fit its count
+
+
+def _are_positions(owner: Any, name: str, value: Any, count: int) -> bool:
+    """Whether `value` is a configuration's list of blocks by their positions."""
+    if isinstance(owner, nn.Module) or not isinstance(value, list | tuple) or not value:
+        return False
+    ascend = all(type(i) is int for i in value) and sorted(set(value) & set(range(count))) == [*value]
+    return ascend and _POSITIONS.fullmatch(name) is not None
 
 
 def _per_layer(owner: Any, name: str, value: Any, count: int) -> bool:

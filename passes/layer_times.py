@@ -1,6 +1,7 @@
-"""The measured time of a model's step as a sum over its blocks."""
+"""The measured time of a model's step as a sum over its blocks, or over their sublayers."""
 
 import contextlib
+import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,8 @@ import torch
 from torch import nn
 
 from graphopt.errors import PlanError
-from graphopt.passes.blocks import Batch, Stack, call, evaluation
+from graphopt.passes.blocks import Batch, call, evaluation
+from graphopt.passes.skip_units import Unit
 
 PHASES = ("prefill", "decode")
 LEAST_RUNS, MOST_RUNS, SECONDS = 9, 200, 1.0  # timed steps: as many as fit into this time
@@ -19,67 +21,86 @@ LEAST_RUNS, MOST_RUNS, SECONDS = 9, 200, 1.0  # timed steps: as many as fit into
 
 @dataclass(frozen=True)
 class LayerTimes:
-    """T = a + Σ c_l: `rest_seconds` is what runs besides the blocks, `block_seconds` each block's."""
+    """T = a + Σ c_l: `rest_seconds` is what runs besides the units, `unit_seconds` each unit's."""
 
     rest_seconds: float
-    block_seconds: tuple[float, ...]
+    unit_seconds: tuple[float, ...]
 
     def seconds(self, removed: frozenset[int] = frozenset()) -> float:
-        """The predicted time of a step without the blocks `removed`.
+        """The predicted time of a step without the units `removed`.
 
         >>> LayerTimes(1.0, (2.0, 3.0)).seconds(frozenset({1}))
         3.0
         """
-        left = (s for i, s in enumerate(self.block_seconds) if i not in removed)
+        left = (s for i, s in enumerate(self.unit_seconds) if i not in removed)
         return self.rest_seconds + sum(left)
+
+    def speedup_bound(self, count: int) -> float:
+        """What no choice of `count` units is predicted to exceed."""
+        slowest = sorted(range(len(self.unit_seconds)), key=lambda i: -self.unit_seconds[i])
+        return self.seconds() / self.seconds(frozenset(slowest[:count]))
 
     @property
     def greatest_speedup(self) -> float:
-        """With only the fastest block left."""
-        return self.seconds() / (self.rest_seconds + min(self.block_seconds))
+        """With only the fastest unit left."""
+        return self.seconds() / (self.rest_seconds + min(self.unit_seconds))
 
 
-def phase_step(model: nn.Module, batch: Batch, phase: str) -> Callable[[], object]:
-    """A step to time: the model on `batch` ("prefill"), or on one more token of it ("decode")."""
+Step = Callable[[], object]
+
+
+def phase_step(model: nn.Module, batch: Batch, phase: str) -> Callable[[], Step]:
+    """Makes steps to time: the model on `batch` ("prefill"), or on one more token of it ("decode").
+
+    Each step of decoding has its own copy of the cache, so that all are of one length.
+    """
     if phase == "prefill":
-        return lambda: call(model, batch)
+        return lambda: lambda: call(model, batch)
     can_generate = getattr(model, "can_generate", None)
     if can_generate is None or not can_generate() or not isinstance(batch, dict):
         raise PlanError(f"phase='decode' needs a model that generates, not {type(model).__name__}")
     runner: Any = model
     past = runner(**batch, use_cache=True).past_key_values
     last = batch["input_ids"][:, -1:]
-    return lambda: runner(input_ids=last, past_key_values=past, use_cache=True)
+
+    def prepared() -> Step:
+        own = copy.deepcopy(past)
+        return lambda: runner(input_ids=last, past_key_values=own, use_cache=True)
+
+    return prepared
 
 
-def measure_blocks(model: nn.Module, stack: Stack, batch: Batch, phase: str) -> LayerTimes:
-    """Time each block within steps of the whole model; medians over many steps."""
-    marks: list[float] = []
+def measure_units(model: nn.Module, units: Sequence[Unit], batch: Batch, phase: str) -> LayerTimes:
+    """Time each unit within steps of the whole model; medians over many steps."""
+    seconds = [0.0] * len(units)
     device = next(model.parameters()).device
 
-    def mark(*_: object) -> None:
-        marks.append(_now(device))
+    def begin(number: int) -> Callable[..., None]:
+        def mark(*_: object) -> None:
+            seconds[number] -= _now(device)
 
-    with evaluation(model):
+        return mark
+
+    def end(number: int) -> Callable[..., None]:
+        def mark(*_: object) -> None:
+            seconds[number] += _now(device)
+
+        return mark
+
+    with evaluation(model), contextlib.ExitStack() as hooks:
         step = phase_step(model, batch, phase)
 
         def split() -> tuple[float, ...]:
-            marks.clear()
+            seconds[:] = [0.0] * len(units)
             total = _seconds(step, device)
-            blocks = [after - before for before, after in zip(marks[::2], marks[1::2], strict=True)]
-            return (total - sum(blocks), *blocks)
+            return (total - sum(seconds), *seconds)
 
-        hooks = [
-            hook
-            for block in stack.blocks
-            for hook in (block.register_forward_pre_hook(mark), block.register_forward_hook(mark))
-        ]
-        try:
-            rest, *seconds = _medians(split)
-        finally:
-            for hook in hooks:
-                hook.remove()
-    return LayerTimes(rest, tuple(seconds))
+        for number, unit in enumerate(units):
+            for module in unit.forwards:
+                hooks.callback(module.register_forward_pre_hook(begin(number)).remove)
+                hooks.callback(module.register_forward_hook(end(number)).remove)
+        rest, *found = _medians(split)
+    return LayerTimes(rest, tuple(found))
 
 
 def step_seconds(models: Sequence[nn.Module], batch: Batch, phase: str) -> tuple[float, ...]:
@@ -102,7 +123,8 @@ def _medians(measured: Callable[[], tuple[float, ...]]) -> tuple[float, ...]:
     return tuple(median(column) for column in zip(*rows, strict=True))
 
 
-def _seconds(step: Callable[[], object], device: torch.device) -> float:
+def _seconds(prepare: Callable[[], Step], device: torch.device) -> float:
+    step = prepare()
     begin = _now(device)
     step()
     return _now(device) - begin

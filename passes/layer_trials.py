@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graphopt.errors import PlanError
-from graphopt.passes.blocks import Batch, Stack, bypassed, call, evaluation, forwards
+from graphopt.passes.blocks import Batch, Stack, call, evaluation, forwards
+from graphopt.passes.skip_units import Unit, bypassed
 
 States = tuple[tuple[Tensor, ...], ...]  # of each batch, the hidden states before each block
 
@@ -39,32 +40,37 @@ class Quality:
 
 
 class LayerTrials:
-    """Runs of one model with blocks bypassed, against its whole run.
+    """Runs of one model with some of its units bypassed, against its whole run.
 
     Keeps the whole model's log probabilities of every batch. `layer_runs` counts how often a block
-    ran on a batch, the whole run included.
+    ran on a batch, with all its sublayers or some, the whole run included.
     """
 
-    def __init__(self, model: nn.Module, stack: Stack, batches: Sequence[Batch]) -> None:
+    def __init__(
+        self, model: nn.Module, stack: Stack, batches: Sequence[Batch], units: Sequence[Unit]
+    ) -> None:
         self.model, self.stack, self.batches = model, stack, tuple(batches)
+        self.units = tuple(units)
         self.layer_runs = 0
         self.whole = tuple(self._log_probabilities(batch, frozenset()) for batch in self.batches)
         self.tokens = sum(len(whole) for whole in self.whole)
 
     def states_without(self, removed: frozenset[int]) -> States:
         """The hidden states before each block and after the last, of runs without `removed`."""
-        self.layer_runs += len(self.batches) * (len(self.stack.blocks) - len(removed))
-        with bypassed(self.stack, removed):
+        whole = sum(self.units[i].branch is None for i in removed)
+        self.layer_runs += len(self.batches) * (len(self.stack.blocks) - whole)
+        with bypassed(self.units, removed):
             return hidden_states(self.model, self.stack, self.batches)
 
     def kl(
         self, removed: frozenset[int], prefix: tuple[int, States] | None = None, bound: float = math.inf
     ) -> float:
-        """Mean KL divergence in nats per token without the blocks `removed`.
+        """Mean KL divergence in nats per token without the units `removed`.
 
-        `prefix` is a position and states of runs that agree with this one on all blocks before it;
-        only the blocks behind it run. Batches stop where the sum is above `bound` already, since
-        every further one could only raise it; the result is then some number above `bound`.
+        `prefix` is a block's position and states of runs that agree with this one on all blocks
+        before it; only the blocks behind it run, none where it is the number of blocks. Batches stop
+        where the sum is above `bound` already, since every further one could only raise it; the result
+        is then some number above `bound`.
         """
         total = 0.0
         for number, (batch, whole) in enumerate(zip(self.batches, self.whole, strict=True)):
@@ -76,7 +82,7 @@ class LayerTrials:
         return total
 
     def quality(self, removed: frozenset[int], model: nn.Module | None = None) -> Quality:
-        """All figures without the blocks `removed`, or of a `model` that stands for it."""
+        """All figures without the units `removed`, or of a `model` that stands for it."""
         kl = same = loss = whole_loss = 0.0
         targets = 0
         for batch, whole in zip(self.batches, self.whole, strict=True):
@@ -118,21 +124,27 @@ class LayerTrials:
 
     @contextlib.contextmanager
     def _routed(self, removed: frozenset[int], start: int, state: Tensor | None) -> Iterator[None]:
-        """Blocks before `start` and those `removed` do nothing; the one at `start` is given `state`."""
+        """Blocks before `start` and units `removed` do nothing; the block at `start` is given `state`."""
         stack = self.stack
+        replaced = {module: f for i in removed for module, f in self.units[i].forwards.items()}
 
-        def route(position: int, run: Any) -> Any:
+        def route(position: int, block: nn.Module) -> Any:
+            run = replaced.get(block, block.forward)
+
             def forward(*args: Any, **kwargs: Any) -> Any:
                 if position == start and state is not None:
                     args, kwargs = stack.with_hidden(args, kwargs, state)
-                if position < start or position in removed:
-                    return stack.output(stack.hidden(args, kwargs))
-                self.layer_runs += 1
+                if position < start:
+                    last = position + 1 == start == len(stack.blocks)
+                    given = state if last and state is not None else stack.hidden(args, kwargs)
+                    return stack.output(given)
+                self.layer_runs += block not in replaced
                 return run(*args, **kwargs)
 
             return forward
 
-        with forwards({block: route(i, block.forward) for i, block in enumerate(stack.blocks)}):
+        routes = {block: route(i, block) for i, block in enumerate(stack.blocks)}
+        with forwards(replaced | routes):
             yield
 
 
@@ -150,9 +162,14 @@ def _log_probabilities(output: Any, batch: Batch) -> Tensor:
             "the model returns no logits, so its quality cannot be measured; use keep=, or remove= "
             "with strategy='block_influence' or 'angular'"
         )
-    mask = _mask(batch) if isinstance(batch, Mapping) and "attention_mask" in batch else None
+    mask = token_mask(batch)
     rows = logits[mask] if mask is not None and mask.shape == logits.shape[:-1] else logits
     return rows.flatten(0, -2).float().log_softmax(-1)
+
+
+def token_mask(batch: Batch) -> Tensor | None:
+    """Which tokens of a batch are no padding; None where all are text, or it has no tokens."""
+    return _mask(batch) if isinstance(batch, Mapping) and "attention_mask" in batch else None
 
 
 def _mask(batch: Mapping[str, Any]) -> Tensor:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from graphopt.errors import VerifyError
-from graphopt.passes.blocks import Batch, Stack, bypassed, call, evaluation
+from graphopt.passes.blocks import Batch, Stack, call, evaluation
+from graphopt.passes.skip_units import Unit, muted
 
 NEW_TOKENS = 6
 # What models raise that do not fit together.
@@ -28,14 +29,14 @@ def leading_tensor(output: Any) -> Tensor:
 
 
 def check_function(
-    model: nn.Module, stack: Stack, kept: Sequence[int], short: nn.Module, batch: Batch
+    model: nn.Module, units: Sequence[Unit], removed: frozenset[int], short: nn.Module, batch: Batch
 ) -> None:
-    """`short` computes what `model` does with the other blocks bypassed, bit for bit."""
-    removed = frozenset(range(len(stack.blocks))) - set(kept)
-    with bypassed(stack, removed), evaluation(model):
+    """`short` computes what `model` does with the units `removed` without effect, bit for bit."""
+    with muted(units, removed), evaluation(model):
         expected = leading_tensor(call(model, batch))
     with evaluation(short):
-        _check_equal("the model without its blocks", short, batch, expected)
+        what = "layers" if all(units[i].branch is None for i in removed) else "sublayers"
+        _check_equal(f"the model without these {what}", short, batch, expected)
 
 
 def check_rebuild(short: nn.Module, stack: Stack, batch: Batch) -> None:
@@ -137,7 +138,7 @@ def _differing_attributes(blocks: Sequence[nn.Module]) -> list[str]:
         for block in blocks
         for path, module in block.named_modules()
         for name, value in vars(module).items()
-        if not name.startswith("_") and isinstance(value, int | float | str | None)
+        if not name.startswith("_") and name != "training" and isinstance(value, int | float | str | None)
     }
     dotted = sorted(f"{path}.{name}".lstrip(".") for path, name in places)
     return [name for name in dotted if len({_value(block, name) for block in blocks}) > 1]

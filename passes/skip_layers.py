@@ -1,4 +1,4 @@
-"""The pass that removes whole blocks of a model: fewer layers, the same kind of model."""
+"""The pass that removes blocks of a model, or their sublayers: less of the same kind of model."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -8,15 +8,23 @@ from torch import nn
 
 from graphopt.errors import PlanError
 from graphopt.passes.blocks import find_stack
-from graphopt.passes.compensation import KINDS, compensate
-from graphopt.passes.layer_removal import without_blocks
-from graphopt.passes.layer_times import PHASES, measure_blocks, step_seconds
+from graphopt.passes.compensation import KINDS
+from graphopt.passes.layer_times import PHASES, measure_units, step_seconds
 from graphopt.passes.layer_trials import Quality
 from graphopt.passes.made_up_inputs import as_batch, knows_inputs, made_up_batch
 from graphopt.passes.module_pass import ModulePass
 from graphopt.passes.removal_checks import check_function, check_generation, check_rebuild
 from graphopt.passes.skip_plan import SkipMeasurement, SkipPlan
-from graphopt.passes.skip_strategies import POSITION_ONLY, STRATEGIES, Evidence, Removed, Strategy
+from graphopt.passes.skip_strategies import (
+    POSITION_ONLY,
+    STRATEGIES,
+    SUBLAYER_STRATEGIES,
+    Evidence,
+    Removed,
+    Strategy,
+)
+from graphopt.passes.skip_units import GRANULARITIES
+from graphopt.passes.sublayer_removal import can_be_saved, without_units
 
 GOALS = ("keep", "remove", "max_kl", "max_ppl_increase", "min_top1", "target_speedup")
 TOLERANCE = 0.05  # of a target speed-up, relative
@@ -24,7 +32,7 @@ TOLERANCE = 0.05  # of a target speed-up, relative
 
 @dataclass(frozen=True)
 class SkipLayers(ModulePass):
-    """Removes whole blocks of a model, so that it is faster, smaller and still the same kind of model.
+    """Removes blocks of a model, so that it is faster, smaller and still the same kind of model.
 
     Give one goal:
 
@@ -37,7 +45,10 @@ class SkipLayers(ModulePass):
     `calibration` are batches of the model's input: tensors, tuples or mappings. `strategy` decides
     which blocks go: "greedy", "exact" (few blocks), "block_influence" (ShortGPT), "angular" (Gromov et
     al.), and by position alone "unified" or "unified_published" (Unified Layer Skipping).
-    `compensation` refits the projections in front of the gaps: "none", "scalar" or "linear".
+    `compensation` refits the projections in front of the gaps: "none", "scalar" or "linear"; the
+    choice of "greedy" and "exact" is then for the refitted model. With `granularity="sublayers"` the
+    attention and the MLP of each block go separately, and `keep` and `remove` count these; a model
+    without some sublayers cannot be written by `save_pretrained`, which then says so.
     """
 
     keep: Sequence[int] | None = None
@@ -50,13 +61,20 @@ class SkipLayers(ModulePass):
     strategy: str = "greedy"
     compensation: str = "none"
     phase: str = "prefill"
+    granularity: str = "layers"
     name: ClassVar[str] = "skip-layers"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "calibration", tuple(self.calibration))
-        for option, known in (("strategy", STRATEGIES), ("compensation", KINDS), ("phase", PHASES)):
-            if (value := getattr(self, option)) not in known:
-                raise PlanError(f"{option}={value!r} is none of {', '.join(known)}")
+        known = {"strategy": STRATEGIES, "compensation": KINDS, "phase": PHASES}
+        for option, names in (known | {"granularity": GRANULARITIES}).items():
+            if (value := getattr(self, option)) not in names:
+                raise PlanError(f"{option}={value!r} is none of {', '.join(names)}")
+        if self.granularity == "sublayers" and self.strategy not in SUBLAYER_STRATEGIES:
+            raise PlanError(
+                f"strategy={self.strategy!r} is for whole layers; granularity='sublayers' goes with "
+                f"{' or '.join(SUBLAYER_STRATEGIES)}"
+            )
         given = [goal for goal in GOALS if getattr(self, goal) is not None]
         if len(given) != 1:
             raise PlanError(f"give one of {', '.join(GOALS)}; given: {', '.join(given) or 'none'}")
@@ -82,19 +100,22 @@ class SkipLayers(ModulePass):
     def plan(self, model: nn.Module) -> SkipPlan:
         """Which blocks go; PlanError where the goal cannot be met."""
         evidence = self._evidence(model)
+        plan = SkipPlan(evidence.stack.path, len(evidence.stack.blocks), (), "given")
+        if self.granularity == "sublayers":
+            plan = replace(plan, names=tuple(unit.name for unit in evidence.units))
         if self.keep is not None:
-            plan = SkipPlan(evidence.stack.path, evidence.blocks, tuple(self.keep), "given")
+            plan = replace(plan, kept=tuple(self.keep))
         else:
             removed, speedup = self._chosen(evidence)
-            kept = tuple(i for i in range(evidence.blocks) if i not in removed)
-            plan = SkipPlan(evidence.stack.path, evidence.blocks, kept, self.strategy, speedup=speedup)
+            kept = tuple(i for i in range(evidence.count) if i not in removed)
+            plan = replace(plan, kept=kept, strategy=self.strategy, speedup=speedup)
         plan.check()
         if not self.calibration:
             return plan
         plan = replace(plan, influence=evidence.influence)
         if not evidence.has_logits:
             return plan
-        return replace(plan, **asdict(evidence.trials.quality(frozenset(plan.removed))))
+        return replace(plan, **asdict(evidence.quality(frozenset(plan.removed))))
 
     def _chosen(self, evidence: Evidence) -> tuple[Removed, float | None]:
         """The blocks to remove, and the predicted speed-up where that is the goal."""
@@ -106,19 +127,26 @@ class SkipLayers(ModulePass):
         return self._within(evidence, choose), None
 
     def _fixed(self, evidence: Evidence, choose: Strategy, count: int) -> Removed:
-        if type(count) is not int or not 0 < count < evidence.blocks:
-            raise PlanError(f"remove={count!r}: the model has {evidence.blocks} blocks, one has to stay")
+        if type(count) is not int or not 0 < count < evidence.count:
+            what = "blocks" if self.granularity == "layers" else self.granularity
+            raise PlanError(f"remove={count!r}: the model has {evidence.count} {what}, one has to stay")
         return choose(count)
 
     def _within(self, evidence: Evidence, choose: Strategy) -> Removed:
         """The most blocks without which the quality still is within the bound."""
         found: Removed = frozenset()
-        for count in range(1, evidence.blocks):
-            removed = choose(count)
-            quality = evidence.trials.quality(removed)
+        for count in range(1, evidence.count):
+            try:
+                removed = choose(count)
+            except PlanError:
+                if not found:
+                    raise
+                break
+            quality = evidence.quality(removed)
             if excess := self._excess(quality):
                 if not found:
-                    raise PlanError(f"{excess} already without one block, {min(removed)}; none can go")
+                    name = evidence.units[min(removed)].name
+                    raise PlanError(f"{excess} already without one block, {name}; none can go")
                 break
             found = removed
         return found
@@ -138,22 +166,24 @@ class SkipLayers(ModulePass):
         return None
 
     def _fast(self, evidence: Evidence, choose: Strategy, target: float) -> tuple[Removed, float]:
-        """The fewest blocks that make a step fast enough, as predicted and as timed."""
+        """The fewest units that make a step fast enough: by the prediction nearly, and as timed."""
         if target <= 1:
             raise PlanError(f"target_speedup={target}: how many times as fast is above 1")
         batch = evidence.batches[0]
-        times = measure_blocks(evidence.model, evidence.stack, batch, self.phase)
-        best = 1.0
-        for count in range(1, evidence.blocks):
-            removed = choose(count)
-            if times.seconds() / times.seconds(removed) < target:
+        times = measure_units(evidence.model, evidence.units, batch, self.phase)
+        best, enough = 1.0, target * (1 - 2 * TOLERANCE)  # predictions count clocks between units as well
+        for count in range(1, evidence.count):
+            if times.speedup_bound(count) < enough:
                 continue
-            kept = [i for i in range(evidence.blocks) if i not in removed]
-            short = without_blocks(evidence.model, evidence.stack, kept, share=True)
+            removed = choose(count)
+            predicted = times.seconds() / times.seconds(removed)
+            if predicted < enough:
+                continue
+            short = without_units(evidence.model, evidence.stack, evidence.units, removed, share=True)
             whole, seconds = step_seconds((evidence.model, short), batch, self.phase)
             best = max(best, whole / seconds)
-            if whole / seconds >= target * (1 - TOLERANCE):
-                return removed, times.seconds() / times.seconds(removed)
+            if whole / seconds >= target * (1 - TOLERANCE / 2):
+                return removed, predicted
         best = max(best, times.greatest_speedup)
         raise PlanError(
             f"target_speedup={target}: at most {best:.2f} is reachable ({self.phase}): "
@@ -163,21 +193,27 @@ class SkipLayers(ModulePass):
 
     def apply(self, model: nn.Module, plan: SkipPlan) -> nn.Module:
         """A copy of `model` with the blocks that `plan` keeps; VerifyError where it is not correct."""
-        evidence = self._evidence(model)
+        evidence = self._evidence(model, "sublayers" if plan.names else "layers")
         stack = evidence.stack
         if (stack.path, len(stack.blocks)) != (plan.path, plan.blocks):
             raise PlanError(
                 f"the plan is for {plan.blocks} blocks at {plan.path!r}; the model has "
                 f"{len(stack.blocks)} at {stack.path!r}"
             )
+        names = tuple(unit.name for unit in evidence.units) if plan.names else ()
+        if names != plan.names:
+            raise PlanError(
+                f"the plan is for the sublayers {' '.join(plan.names)}; the model has {' '.join(names)}"
+            )
         plan.check()
-        short = without_blocks(model, stack, plan.kept)
+        removed = frozenset(plan.removed)
+        short = without_units(model, stack, evidence.units, removed)
         batch = made_up_batch(model) if knows_inputs(model) else evidence.batches[0]
-        check_function(model, stack, plan.kept, short, batch)
-        if self.compensation != "none" and plan.removed:
-            own = replace(stack, blocks=tuple(short.get_submodule(stack.path).children()))
-            compensate(self.compensation, short, own, plan.kept, evidence.batches, evidence.states)
-        check_rebuild(short, stack, batch)
+        check_function(model, evidence.units, removed, short, batch)
+        if self.compensation != "none" and removed:
+            evidence.refit(short, removed)
+        if can_be_saved(short):
+            check_rebuild(short, stack, batch)
         check_generation(short, batch)
         return short
 
@@ -200,8 +236,9 @@ class SkipLayers(ModulePass):
             )
         return SkipMeasurement(left, whole_size, quality, seconds, whole)
 
-    def _evidence(self, model: nn.Module) -> Evidence:
+    def _evidence(self, model: nn.Module, granularity: str | None = None) -> Evidence:
         if not isinstance(model, nn.Module):
             raise PlanError(f"SkipLayers takes a module, not {type(model).__name__}")
         given = tuple(as_batch(batch, model) for batch in self.calibration) or (made_up_batch(model),)
-        return Evidence(model, find_stack(model, given[0]), given)
+        stack = find_stack(model, given[0])
+        return Evidence(model, stack, given, granularity or self.granularity, self.compensation)

@@ -11,9 +11,11 @@ from graphopt.plan import Plan
 class SkipPlan(Plan):
     """Which blocks of the list `path` stay, why, and what is expected of the model then.
 
-    `influence` is the Block Influence of every block; `kl` (nats per token), `top1` (share of tokens)
-    and `perplexity` are without compensation, on the calibration batches; `speedup` is that of a step
-    of the phase asked for. Figures that nothing asked for are empty or None.
+    `blocks` is how many there are, and `kept` the positions of those that stay. Where sublayers were
+    chosen, `names` has the name of each (`3.attention`), and `kept` are positions in it. `influence` is
+    the Block Influence of every block; `kl` (nats per token), `top1` (share of tokens) and
+    `perplexity` are expected on the calibration batches; `speedup` is that of a step of the phase asked
+    for. Figures that nothing asked for are empty or None.
     """
 
     path: str
@@ -26,28 +28,36 @@ class SkipPlan(Plan):
     perplexity: float | None = None
     whole_perplexity: float | None = None
     speedup: float | None = None
+    names: tuple[str, ...] = ()
+
+    @property
+    def units(self) -> int:
+        """How many there were to choose from: blocks or sublayers."""
+        return len(self.names) or self.blocks
 
     @property
     def removed(self) -> tuple[int, ...]:
-        """The positions of the blocks that go."""
-        return tuple(sorted(set(range(self.blocks)) - set(self.kept)))
+        """The positions of the blocks, or sublayers, that go."""
+        return tuple(sorted(set(range(self.units)) - set(self.kept)))
 
     def check(self) -> None:
         """PlanError unless the positions exist, ascend, and are at least one."""
         kept = list(self.kept)
+        what = "sublayers" if self.names else "blocks"
         if not kept:
-            raise PlanError(f"keep={kept}: at least one of the {self.blocks} blocks stays")
-        if any(type(i) is not int or not 0 <= i < self.blocks for i in kept):
-            raise PlanError(f"keep={kept}: the blocks of {self.path} are 0 to {self.blocks - 1}")
+            raise PlanError(f"keep={kept}: at least one of the {self.units} {what} stays")
+        if any(type(i) is not int or not 0 <= i < self.units for i in kept):
+            raise PlanError(f"keep={kept}: the {what} of {self.path} are 0 to {self.units - 1}")
         if sorted(set(kept)) != kept:
             raise PlanError(f"keep={kept}: positions ascend, each once")
 
     def __str__(self) -> str:
         path = self.path or "the model"
+        what = "sublayers" if self.names else "blocks"
         lines = [
-            f"{len(self.kept)} of {self.blocks} blocks of {path} stay ({self.strategy})",
-            f"  kept     {_positions(self.kept)}",
-            f"  removed  {_positions(self.removed)}",
+            f"{len(self.kept)} of {self.units} {what} of {path} stay ({self.strategy})",
+            f"  kept     {self._written(self.kept)}",
+            f"  removed  {self._written(self.removed)}",
         ]
         if self.influence:
             lines.append("  block influence  " + " ".join(f"{value:.3f}" for value in self.influence))
@@ -57,6 +67,9 @@ class SkipPlan(Plan):
         if figures:
             lines.append(f"  predicted  {', '.join(figures)}")
         return "\n".join(lines)
+
+    def _written(self, positions: tuple[int, ...]) -> str:
+        return " ".join(self.names[i] if self.names else str(i) for i in positions) or "none"
 
 
 @dataclass(frozen=True)
@@ -102,7 +115,3 @@ def quality_text(
     if perplexity is not None and whole is not None:
         found.append(f"perplexity {perplexity:.4g} (whole {whole:.4g})")
     return found
-
-
-def _positions(positions: tuple[int, ...]) -> str:
-    return " ".join(str(i) for i in positions) or "none"

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,13 +12,24 @@ from torch import nn
 
 from graphopt.errors import PlanError
 from graphopt.passes.blocks import Batch, Stack, call, evaluation
-from graphopt.passes.layer_trials import LayerTrials, States, hidden_states, logits_of
+from graphopt.passes.compensation import Call, block_calls, compensate
+from graphopt.passes.layer_trials import (
+    LayerTrials,
+    Quality,
+    States,
+    hidden_states,
+    logits_of,
+    token_mask,
+)
+from graphopt.passes.skip_units import Unit, empty_blocks, units_of
+from graphopt.passes.sublayer_removal import empty_cache, without_units
 
 Removed = frozenset[int]
 Strategy = Callable[[int], Removed]  # the blocks to remove, given how many
 
 EXACT_TRIALS = 2000  # sets of blocks that "exact" tries at most
-CANDIDATES = 6  # blocks of least influence that a step of "greedy" tries
+CANDIDATES = 6  # units of least score that a step of "greedy" tries
+FINALISTS = 6  # of these, how many are compared after compensation
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,16 +39,33 @@ class Evidence:
     model: nn.Module
     stack: Stack
     batches: tuple[Batch, ...]
+    granularity: str = "layers"
+    compensation: str = "none"
+
+    @cached_property
+    def units(self) -> tuple[Unit, ...]:
+        """What can go."""
+        return units_of(self.model, self.stack, self.granularity, self.batches[0])
 
     @property
-    def blocks(self) -> int:
-        """How many blocks the model has."""
-        return len(self.stack.blocks)
+    def count(self) -> int:
+        """How many units the model has."""
+        return len(self.units)
 
     @cached_property
     def states(self) -> States:
         """Hidden states of the whole model."""
         return hidden_states(self.model, self.stack, self.batches)
+
+    @cached_property
+    def calls(self) -> Sequence[Sequence[Call]]:
+        """What the blocks of the whole model are called with."""
+        return block_calls(self.model, self.stack, self.batches)
+
+    @cached_property
+    def losses(self) -> dict[Removed, float]:
+        """Losses found so far."""
+        return {}
 
     @cached_property
     def influence(self) -> tuple[float, ...]:
@@ -53,7 +81,50 @@ class Evidence:
     @cached_property
     def trials(self) -> LayerTrials:
         """Runs without some blocks."""
-        return LayerTrials(self.model, self.stack, self.batches)
+        return LayerTrials(self.model, self.stack, self.batches, self.units)
+
+    @cached_property
+    def scores(self) -> tuple[float, ...]:
+        """How much each unit matters: Block Influence of blocks, of sublayers the divergence without."""
+        if self.granularity == "layers":
+            return self.influence
+        prefixes = ((unit.block, self.states) for unit in self.units)
+        return tuple(self.trials.kl(frozenset({i}), prefix) for i, prefix in enumerate(prefixes))
+
+    def possible(self, removed: Removed) -> bool:
+        """Whether the model without the units `removed` could generate."""
+        return empty_cache(self.model, self.stack, self.units, removed) is None
+
+    def quality(self, removed: Removed) -> Quality:
+        """What is lost without the units `removed`, after compensation."""
+        if self.compensation == "none":
+            return self.trials.quality(removed)
+        short = without_units(self.model, self.stack, self.units, removed, share=True)
+        self.refit(short, removed)
+        return self.trials.quality(frozenset(), short)
+
+    def loss(self, removed: Removed) -> float:
+        """Mean KL divergence without the units `removed`, after compensation."""
+        if removed not in self.losses:
+            short = without_units(self.model, self.stack, self.units, removed, share=True)
+            end = len(self.stack.blocks), self.refit(short, removed)
+            self.losses[removed] = self.trials.kl(frozenset(), end)
+        return self.losses[removed]
+
+    def refit(self, short: nn.Module, removed: Removed) -> States:
+        """Compensate in `short`, a copy of the model, for the units `removed`; it gets new parameters.
+
+        Returns the model's hidden states, those behind the last block as in `short`.
+        """
+        gone = empty_blocks(self.stack, self.units, removed)
+        kept = [i for i in range(len(self.stack.blocks)) if i not in gone]
+        partly = {self.units[i].block for i in removed} - gone
+        blocks = tuple(short.get_submodule(self.stack.path).children())
+        masks = [token_mask(batch) for batch in self.batches]
+        with evaluation(short):
+            return compensate(
+                self.compensation, blocks, self.stack, kept, partly, self.calls, self.states, masks
+            )
 
 
 def block_influence(states: States) -> tuple[float, ...]:
@@ -117,68 +188,99 @@ def _needs_two(strategy: str, kept: int) -> None:
 
 
 class Greedy:
-    """Removes, one at a time, the block whose absence costs the least KL divergence; then swaps.
+    """Removes, one at a time, the unit whose absence costs the least KL divergence; then swaps.
 
-    As SLEB (Song et al., arXiv 2402.09025), with three changes: of each step only the `CANDIDATES`
-    blocks of least Block Influence are tried; a trial starts from the states of the current model in
-    front of the block that it removes; and at the end a removed block returns for another candidate of
-    the last step as long as that lowers the divergence. No such swap improves the result; it is not
-    always the best of all sets, which "exact" finds.
+    As SLEB (Song et al., arXiv 2402.09025), and BlockPruner (Zhong et al., arXiv 2406.10594) where the
+    units are sublayers, with four changes: of each step only the `CANDIDATES` of least score are tried;
+    a trial starts from the states of the current model in front of what it removes; where the loss is
+    another than the divergence, as after compensation, the `FINALISTS` of least divergence are
+    compared by it; and at the end a removed unit returns for another candidate of the last step as
+    long as that lowers the loss. The result is not always the best of all sets, which "exact" finds.
     """
 
-    def __init__(self, trials: LayerTrials, influence: Sequence[float]) -> None:
-        self.trials = trials
-        self.order = sorted(range(len(influence)), key=lambda i: (influence[i], i))
+    def __init__(
+        self,
+        trials: LayerTrials,
+        scores: Sequence[float],
+        loss: Callable[[Removed], float] | None = None,
+        possible: Callable[[Removed], bool] = lambda removed: True,
+    ) -> None:
+        self.trials, self.loss, self.possible = trials, loss, possible
+        self.order = sorted(range(len(scores)), key=lambda i: (scores[i], i))
         self.path: list[Removed] = [frozenset()]
-        self.scores: dict[int, float] = {}  # of the last step: KL by removed block
+        self.scores: dict[int, float] = {}  # of the last step: KL by removed unit
 
     def __call__(self, count: int) -> Removed:
-        """The blocks to remove; from a smaller count to a greater one the search goes on."""
+        """The units to remove; from a smaller count to a greater one the search goes on."""
         while len(self.path) <= count:
             self.path.append(self._grown(self.path[-1]))
         self.path[count] = self._refined(self.path[count])
         return self.path[count]
 
     def _grown(self, removed: Removed) -> Removed:
-        """One more block removed."""
-        states = self.trials.states_without(removed)
+        """One more unit removed."""
         left = [i for i in self.order if i not in removed]
         candidates = left[: max(CANDIDATES, len(self.order) // 4)]
         candidates.sort(key=lambda i: self.scores.get(i, math.inf))  # likely ones bound the others
-        best, self.scores = math.inf, {}
-        for block in candidates:
-            self.scores[block] = self.trials.kl(removed | {block}, (block, states), best)
-            best = min(best, self.scores[block])
-        return removed | {min(candidates, key=lambda i: (self.scores[i], i))}
+        states = self.trials.states_without(removed)
+        found = self._shortlist(((removed | {i}, i) for i in candidates), states, math.inf)
+        if not found:
+            raise PlanError(f"no more than {len(removed)} sublayers can go: an attention has to stay")
+        self.scores = {next(iter(trial - removed)): kl for trial, kl in found.items()}
+        return self._best(found)[0]
 
     def _refined(self, removed: Removed) -> Removed:
-        """Swapped, as long as a swap lowers the divergence."""
-        best = self.trials.kl(removed)
+        """Swapped, as long as a swap lowers the loss."""
+        best = self.trials.kl(removed) if self.loss is None else self.loss(removed)
         while True:
-            swapped, kl = self._best_swap(removed, best)
-            if kl >= best:
+            swapped, loss = self._best_swap(removed, best)
+            if loss >= best:
                 return removed
-            removed, best = swapped, kl
+            removed, best = swapped, loss
 
     def _best_swap(self, removed: Removed, best: float) -> tuple[Removed, float]:
         states = self.trials.states_without(removed)
         others = sorted(set(self.scores) - removed, key=lambda i: self.scores[i])
-        found = removed
-        for back, gone in itertools.product(sorted(removed), others):
-            trial = removed - {back} | {gone}
-            kl = self.trials.kl(trial, (min(back, gone), states), best)
-            if kl < best:
-                found, best = trial, kl
-        return found, best
+        pairs = itertools.product(sorted(removed), others)
+        swaps = ((removed - {back} | {gone}, min(back, gone)) for back, gone in pairs)
+        found = self._shortlist(swaps, states, best if self.loss is None else math.inf)
+        return self._best(found) if found else (removed, best)
+
+    def _shortlist(
+        self, trials: Iterable[tuple[Removed, int]], states: States, bound: float
+    ) -> dict[Removed, float]:
+        """The divergence of each trial; that of those which are not among the best is a lower bound.
+
+        A trial is a set and its first unit that `states` are not of.
+        """
+        found: dict[Removed, float] = {}
+        enough = 1 if self.loss is None else FINALISTS
+        for removed, first in trials:
+            if not self.possible(removed):
+                continue
+            found[removed] = self.trials.kl(removed, (self.trials.units[first].block, states), bound)
+            if len(found) >= enough:
+                bound = min(bound, sorted(found.values())[enough - 1])
+        return found
+
+    def _best(self, found: dict[Removed, float]) -> tuple[Removed, float]:
+        """The trial of least loss, and its loss."""
+        ranked = sorted(found, key=lambda removed: (found[removed], sorted(removed)))
+        if self.loss is None:
+            return ranked[0], found[ranked[0]]
+        losses = {removed: self.loss(removed) for removed in ranked[:FINALISTS]}
+        best = min(losses, key=lambda removed: losses[removed])
+        return best, losses[best]
 
 
 def _greedy(evidence: Evidence) -> Strategy:
-    return Greedy(evidence.trials, evidence.influence)
+    loss = None if evidence.compensation == "none" else evidence.loss
+    return Greedy(evidence.trials, evidence.scores, loss, evidence.possible)
 
 
 def _by_influence(evidence: Evidence) -> Strategy:
     """The blocks of least Block Influence, all at once."""
-    order = sorted(range(evidence.blocks), key=lambda i: (evidence.influence[i], i))
+    order = sorted(range(evidence.count), key=lambda i: (evidence.influence[i], i))
     return lambda count: frozenset(order[:count])
 
 
@@ -194,30 +296,41 @@ def _by_angle(evidence: Evidence) -> Strategy:
 
 
 def _exact(evidence: Evidence) -> Strategy:
-    """The set of least KL divergence, of all."""
+    """The set of least KL divergence, after compensation, of all."""
 
     def removed(count: int) -> Removed:
-        number = math.comb(evidence.blocks, count)
+        number = math.comb(evidence.count, count)
         if number > EXACT_TRIALS:
             raise PlanError(
-                f"strategy='exact' would try {number} sets of {count} of {evidence.blocks} blocks; "
+                f"strategy='exact' would try {number} sets of {count} of {evidence.count} units; "
                 f"it is for at most {EXACT_TRIALS}"
             )
         best, found = math.inf, frozenset[int]()
-        for chosen in itertools.combinations(range(evidence.blocks), count):
-            prefix = (chosen[0], evidence.states)
-            kl = evidence.trials.kl(frozenset(chosen), prefix, best)
+        for chosen in itertools.combinations(range(evidence.count), count):
+            if not evidence.possible(frozenset(chosen)):
+                continue
+            kl = _loss(evidence, chosen, best)
             if kl < best:
                 best, found = kl, frozenset(chosen)
+        if not found:
+            raise PlanError(f"no {count} sublayers can go: an attention has to stay")
         return found
 
     return removed
 
 
+def _loss(evidence: Evidence, chosen: tuple[int, ...], bound: float) -> float:
+    """The loss without the units `chosen`; a lower bound of it where that is above `bound` already."""
+    if evidence.compensation != "none":
+        return evidence.loss(frozenset(chosen))
+    prefix = (evidence.units[chosen[0]].block, evidence.states)
+    return evidence.trials.kl(frozenset(chosen), prefix, bound)
+
+
 def _spaced(rule: Callable[[int, int], tuple[int, ...]]) -> Callable[[Evidence], Strategy]:
     def strategy(evidence: Evidence) -> Strategy:
-        every = frozenset(range(evidence.blocks))
-        return lambda count: every - set(rule(evidence.blocks, evidence.blocks - count))
+        every = frozenset(range(evidence.count))
+        return lambda count: every - set(rule(evidence.count, evidence.count - count))
 
     return strategy
 
@@ -231,3 +344,4 @@ STRATEGIES: dict[str, Callable[[Evidence], Strategy]] = {
     "unified_published": _spaced(unified_published_kept),
 }
 POSITION_ONLY = ("unified", "unified_published")  # need no calibration
+SUBLAYER_STRATEGIES = ("greedy", "exact")  # those that do not look at the states around blocks

@@ -30,6 +30,13 @@ def _gemma3(n: int) -> nn.Module:
     return transformers.Gemma3ForCausalLM(config)
 
 
+def _gemma2(n: int) -> nn.Module:
+    config = transformers.Gemma2Config(
+        **GROUPED, head_dim=8, sliding_window=4, query_pre_attn_scalar=8, num_hidden_layers=n
+    )
+    return transformers.Gemma2ForCausalLM(config)
+
+
 def _gpt2(n: int) -> nn.Module:
     sizes = {"vocab_size": 61, "n_embd": 16, "n_head": 2, "n_positions": 64, "n_layer": n}
     return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, **IDS))
@@ -60,6 +67,7 @@ def _vit(n: int) -> nn.Module:
 FAMILIES: dict[str, Callable[[int], nn.Module]] = {
     "llama": _llama,
     "qwen2": _qwen2,
+    "gemma2": _gemma2,
     "gemma3": _gemma3,
     "gpt2": _gpt2,
     "opt": _opt,

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from block_models import FAMILIES, block_model, token_batches
+import transformers
+from block_models import FAMILIES, GROUPED, block_model, token_batches
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -14,7 +15,7 @@ from torch import nn
 import graphopt
 from graphopt import GraphoptError, PlanError, SkipLayers, VerifyError
 from graphopt.passes.blocks import find_stack
-from graphopt.passes.layer_removal import index_names
+from graphopt.passes.layer_removal import _cut, index_names
 from graphopt.passes.made_up_inputs import made_up_batch
 from graphopt.passes.removal_checks import check_generation, check_rebuild, leading_tensor
 from graphopt.passes.skip_plan import SkipPlan
@@ -22,6 +23,8 @@ from graphopt.passes.skip_plan import SkipPlan
 KEPT = (0, 1, 4, 5, 7)
 GENERATING = [name for name in FAMILIES if name not in ("bert", "vit")]
 GOLDEN = Path(__file__).parent.parent / "golden" / "skip_layers.txt"
+MOE = {"num_experts_per_tok": 1, "num_local_experts": 2, "num_experts": 2, "moe_intermediate_size": 8}
+LLAMA4 = {"intermediate_size_mlp": 24, "attention_chunk_size": 8}
 
 
 def shortened(model: nn.Module, kept: Any = KEPT, **options: Any) -> Any:
@@ -78,6 +81,41 @@ def test_generates_as_the_model_built_by_hand(family: str) -> None:
     assert torch.equal(generated(short), expected)
     assert torch.equal(generated(short, use_cache=False), expected)
     assert torch.equal(generated(short, cache_implementation="static"), expected)
+
+
+# Lists with an entry for each layer, or of layers' positions, and what is left of them.
+LISTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "no_rope_layers": ("SmolLM3", {"no_rope_layers": [1, 0, 1, 1, 0, 1, 1, 0]}),
+    "mlp_only_layers": ("Qwen3Moe", {"mlp_only_layers": [1, 2, 5], **MOE}),
+    "moe_layers": ("Llama4", {"moe_layers": [1, 3, 5, 7], **MOE, **LLAMA4}),
+}
+CUT = {"no_rope_layers": [1, 0, 0, 1, 0], "mlp_only_layers": [1, 3], "moe_layers": [1, 3, 4]}
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_lists_of_the_configuration(name: str, tmp_path: Path) -> None:
+    """Left as they are, they would give the layers that stay the kinds of other ones at reload."""
+    family, options = LISTS[name]
+    config = getattr(transformers, f"{family}{'Text' if family == 'Llama4' else ''}Config")
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{family}ForCausalLM")(
+        config(**GROUPED, head_dim=8, num_hidden_layers=8, **options)
+    ).eval()
+    short = shortened(model)
+    assert getattr(short.config, name) == CUT[name]
+    assert getattr(model.config, name) == options[name]
+    short.save_pretrained(tmp_path)
+    batch = made_up_batch(model)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert (loaded(**batch).logits - short(**batch).logits).abs().max() == 0
+    assert torch.equal(generated(short), generated(short, use_cache=False))
+
+
+def test_counts_of_leading_blocks() -> None:
+    config = transformers.PretrainedConfig(num_hidden_layers=8, first_k_dense_replace=2, other_layers=[9])
+    _cut(config, 8, KEPT[1:])
+    assert (config.num_hidden_layers, config.first_k_dense_replace) == (4, 1)
+    assert config.other_layers == [9]
 
 
 @settings(max_examples=10)
