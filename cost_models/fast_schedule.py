@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from graphopt.compiled import compiled
+from graphopt.compiled import compiled, flat_rows
 from graphopt.cost_models.memory import Dataflow
 
 
@@ -90,9 +90,9 @@ class _Arrays:
 
     def __init__(self, flow: Dataflow) -> None:
         operators = flow.operators
-        self.reads_at, self.reads = _flat(flow.own_reads)
-        self.writes_at, self.writes = _flat([o.writes for o in operators])
-        self.reusable_at, self.reusable = _flat(
+        self.reads_at, self.reads = flat_rows(flow.own_reads)
+        self.writes_at, self.writes = flat_rows([o.writes for o in operators])
+        self.reusable_at, self.reusable = flat_rows(
             [o.reusable if len(o.writes) == 1 else () for o in operators]
         )
         self.nbytes = np.array(flow.sizes, np.int64)
@@ -102,11 +102,6 @@ class _Arrays:
         self.flops = np.array([o.flops for o in operators], np.int64)
         self.backward = np.array([o.backward for o in operators], np.bool_)
         self.anchored = np.array([o.backward and o.anchored for o in operators], np.bool_)
-
-
-def _flat(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-    begins = np.cumsum([0, *(len(row) for row in rows)])
-    return begins.astype(np.int64), np.array([v for row in rows for v in row], np.int64)
 
 
 # --- compiled ----------------------------------------------------------------------------------

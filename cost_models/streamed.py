@@ -44,6 +44,11 @@ _KERNELS_PER_BLOCK = 15
 # not hide behind arithmetic: 15 to 20 ms for 412 MB in float32, where a core reaches 63 GB/s otherwise
 # (measured with N=2048, D=512, V=50257 and blocks of 256 to 16 tokens on an AVX-512 core).
 _AGAIN_EFFICIENCY = 0.4
+# A product of so few rows runs at half of the rate; 23 % more time with 32 rows instead of 128 there.
+_HALF_RATE_ROWS = 3
+# From this size on, glibc maps a tile afresh, and the system clears its pages as they are written:
+# three times the logits of plain, 1.2 GB, take 0.6 s beyond what their arithmetic does there.
+_FRESH_BYTES, _FRESH_BYTES_PER_S = 2**25, 2e9
 
 
 def is_streamed(node: fx.Node) -> bool:
@@ -155,10 +160,30 @@ def streamed_cost(node: fx.Node, device: Device) -> NodeCost:
     tile = n * v * _PASSES[target]
     exponentials = n * v * _EXPONENTIAL_OPS[device.kind] if tile else 0
     moved = read + written + (tile * 4 if tile else n * d * 16)
-    seconds = roofline.seconds(flops, moved, x.dtype, device, exponentials)
+    rows, tile_bytes = _tile(target, arguments, n, v)
+    efficiency = rows / (rows + _HALF_RATE_ROWS) if rows else 1.0
+    seconds = roofline.seconds(flops, moved, x.dtype, device, exponentials, efficiency=efficiency)
+    if device.kind == "cpu" and tile_bytes >= _FRESH_BYTES:
+        seconds += tile_bytes / _FRESH_BYTES_PER_S
     seconds += device.overhead_s * _KERNELS_PER_BLOCK * blocks
     seconds += again / (_AGAIN_EFFICIENCY * device.bytes_per_s)
     return NodeCost(flops, read + again, written, seconds)
+
+
+def _tile(target: Any, arguments: Any, n: int, v: int) -> tuple[int, int]:
+    """The rows of a tile, and its bytes."""
+    if target is ops.streamed_attention_gradient.default:
+        return 0, 0
+    size = max(4, arguments[0].element_size())
+    if target is ops.streamed_sweep.default:
+        rows = min(n, arguments[-2])
+        return rows, rows * v * size
+    return n, n * min(v, _columns(target, arguments)) * size
+
+
+def _columns(target: Any, arguments: Any) -> int:
+    """The words of a block of the vocabulary."""
+    return int(arguments[COMMON if target is not ops.streamed_gradients.default else -2])
 
 
 def _again_bytes(target: Any, arguments: Any, n: int, d: int, v: int) -> tuple[int, int]:
@@ -167,10 +192,11 @@ def _again_bytes(target: Any, arguments: Any, n: int, d: int, v: int) -> tuple[i
     if target is ops.streamed_sweep.default:
         rows, wanted = arguments[-2:]
         blocks = math.ceil(n / rows)
-        return blocks, blocks * v * d * (2 * size + (8 if wanted[1] else 0))
+        # Thin products read the weight at half the rate: 16 to 36 ms for two of them without the sum.
+        return blocks, blocks * v * d * max(4 * size, 2 * size + 8 if wanted[1] else 0)
     if target is ops.streamed_attention_gradient.default:
         return 1, 0
-    blocks = math.ceil(v / arguments[COMMON if target is not ops.streamed_gradients.default else -2])
+    blocks = math.ceil(v / _columns(target, arguments))
     sums = target is ops.streamed_attention.default or (
         target is ops.streamed_gradients.default and arguments[-1][0]
     )

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from graphopt.measurement import measure
     from graphopt.passes.calibration import calibration_gradients
     from graphopt.passes.checkpoint import Checkpoint
+    from graphopt.passes.overlap_comm import OverlapComm
     from graphopt.passes.patch_inference import PatchInference
     from graphopt.passes.skip_layers import SkipLayers
     from graphopt.passes.sparse_update import SparseUpdate
@@ -34,6 +35,7 @@ __all__ = [
     "GiB",
     "GraphoptError",
     "OptimizedModule",
+    "OverlapComm",
     "PatchInference",
     "PlanError",
     "Program",
@@ -66,6 +68,7 @@ _LAZY = {
     "GiB": "graphopt.cost_models.devices",
     "GraphoptError": "graphopt.errors",
     "OptimizedModule": "graphopt.api",
+    "OverlapComm": "graphopt.passes.overlap_comm",
     "PatchInference": "graphopt.passes.patch_inference",
     "PlanError": "graphopt.errors",
     "Program": "graphopt.program",

@@ -95,8 +95,12 @@ def absent_logits(
     dtype: torch.dtype = torch.float32,
     device: torch.device = _CPU,
 ) -> AbsentLogits:
-    """Logits that `make` computes from `sources`, if at all; without it they were dropped."""
-    like = torch.empty(tuple(shape), dtype=dtype, device="meta")
+    """Logits that `make` computes from `sources`, if at all; without it they were dropped.
+
+    Their strides are zero, as of one number that is expanded: compilers are told so, for
+    the memory they take is that of one number.
+    """
+    like = torch.empty((), dtype=dtype, device="meta").expand(tuple(shape))
     return _absent(like, _Maker(make, sources), device)
 
 

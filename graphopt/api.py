@@ -65,7 +65,7 @@ def optimize(
         verify: "structure" checks every rewritten graph; "full" also compares its numerics, on made-up
             inputs, with the graph's before.
         profile: measure the time of every distinct operator instead of predicting it.
-        mesh: ranks that `passes=[SplitVocab()]` splits the vocabulary over, in `model` itself.
+        mesh: ranks that `SplitVocab()`, first of `passes`, splits the vocabulary of `model` itself over.
         fullgraph: raise TraceError at a graph break instead of planning the parts.
 
     Raises:
@@ -81,10 +81,10 @@ def optimize(
     """
     _check(model, verify)
     if mesh is not None or any(isinstance(p, SplitVocab) for p in passes or ()):
-        return _split(model, passes, mesh, device, (memory, activations, loss) == (None,) * 3)
+        model, passes = _split(model, passes, mesh, device, (memory, activations, loss) == (None,) * 3)
     first, rest = _module_passes_first(passes)
     chosen, model = _passes(rest, memory, activations), run_module_passes(model, first)
-    if first and not chosen and loss is None and compiler == "eager":
+    if (first or mesh is not None) and not chosen and loss is None and compiler == "eager":
         return model
     settings = Settings(chosen, _compiler(compiler), _device(device, model), profile, verify)
     state = _State(settings, fullgraph, loss, _name(model))
@@ -106,19 +106,21 @@ def _split(
     mesh: "DeviceMesh | None",
     device: str | Device | None,
     plain: bool,
-) -> nn.Module:
-    """`model` with its vocabulary split over `mesh`; `model.split_vocab` is the plan."""
+) -> tuple[nn.Module, Sequence[Any]]:
+    """`model`, its vocabulary split over `mesh` as its `split_vocab` says, and the other passes."""
     if mesh is None:
         raise GraphoptError("SplitVocab splits over the ranks of a mesh: give mesh=")
     if not isinstance(model, nn.Module):
         raise GraphoptError("SplitVocab takes a module: it replaces parameters")
     first, *rest = passes or (None,)
-    if not isinstance(first, SplitVocab) or rest or not plain:
-        raise GraphoptError("over a mesh, passes= takes one SplitVocab(), no other pass, budget or loss")
+    if not isinstance(first, SplitVocab) or any(isinstance(p, SplitVocab) for p in rest) or not plain:
+        raise GraphoptError(
+            "over a mesh, passes= takes one SplitVocab(), first; there is no budget or loss"
+        )
     known = _device(device, model)
     plan = first.plan(model, mesh, known)
     model.split_vocab = plan  # type: ignore[assignment]
-    return first.apply(model, mesh, known, plan)
+    return first.apply(model, mesh, known, plan), rest
 
 
 def _module_passes_first(

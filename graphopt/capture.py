@@ -18,6 +18,7 @@ from torch import fx
 from torch._functorch._aot_autograd.descriptors import (
     InputMutationAOTOutput,
     PlainAOTInput,
+    SubclassGetAttrAOTInput,
     TangentAOTInput,
 )
 
@@ -108,7 +109,11 @@ def program_of(module: fx.GraphModule, num_forward_outputs: int, frame: Frame) -
 
 
 def _input_of(node: fx.Node, frame: Frame, mutated: set[Any]) -> Input:
-    origin = node.meta.get("desc")
+    origin, part = node.meta.get("desc"), ""
+    while isinstance(origin, SubclassGetAttrAOTInput):  # the local tensor of a DTensor, or its mesh
+        part, origin = f".{origin.attr}{part}", origin.base
+    if part and not isinstance(node.meta.get("val"), torch.Tensor):
+        return Input(node.name, Role.INPUT, f"{node.name}{part}")
     if isinstance(origin, TangentAOTInput) or (origin is None and "tangents" in str(node.target)):
         return Input(node.name, Role.TANGENT, node.name)
     if isinstance(origin, PlainAOTInput) and origin.idx < len(frame.inputs):

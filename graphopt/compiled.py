@@ -1,8 +1,11 @@
 """Numba, loaded where it is first needed, so that importing graphopt stays fast."""
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @functools.cache
@@ -23,3 +26,15 @@ def compiled(function: Callable[..., Any], *, on_disk: bool = False) -> Callable
     else:
         fast = numba.njit(function)
     return fast
+
+
+def flat_rows(rows: Sequence[Sequence[int]]) -> tuple["np.ndarray", "np.ndarray"]:
+    """Rows of integers as two arrays: where each row begins in the second, and all of them in turn.
+
+    >>> [part.tolist() for part in flat_rows([(7, 8), (), (9,)])]
+    [[0, 2, 2, 3], [7, 8, 9]]
+    """
+    import numpy as np
+
+    begins = np.cumsum([0, *(len(row) for row in rows)])
+    return begins.astype(np.int64), np.array([v for row in rows for v in row], np.int64)

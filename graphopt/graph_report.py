@@ -62,12 +62,16 @@ class InputFact:
 
 @dataclass(frozen=True)
 class PassFact:
-    """A pass and its plan, each as a line of text, and how long planning and applying took."""
+    """A pass and its plan, each as a line of text, and how long planning and applying took.
+
+    `table` has more lines about the plan.
+    """
 
     name: str
     options: str
     plan: str
     seconds: float
+    table: str = ""
 
 
 @dataclass(frozen=True)
@@ -136,7 +140,8 @@ class GraphReport:
             recompute_flops=sum(o.flops for o in again),
             trace_seconds=record.trace_seconds,
             passes=tuple(
-                PassFact(s.pass_.name, repr(s.pass_), _one_line(s.plan), s.seconds) for s in record.steps
+                PassFact(s.pass_.name, repr(s.pass_), _one_line(s.plan), s.seconds, s.plan.table())
+                for s in record.steps
             ),
             kept=_kept(after),
             recomputed=_recomputed(before, after),

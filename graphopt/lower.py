@@ -45,9 +45,16 @@ def overwrite_dead_operands(module: fx.GraphModule) -> int:
 
 
 def last_uses(graph: fx.Graph, storages: dict[fx.Node, tuple[Storage, ...]]) -> dict[Storage, fx.Node]:
-    """For each storage, the last node that reads it, views not counted unless they are read."""
+    """For each storage, the last node that reads it, views not counted unless they are read.
+
+    A transfer reads its operands until it has been waited for.
+    """
     last: dict[Storage, fx.Node] = {}
     for node in reversed(graph.nodes):
+        if ops.is_wait(node):
+            for source in ops.operands_in_flight(node):
+                for storage in storages[source]:
+                    last.setdefault(storage, node)
         for source in node.all_input_nodes:
             is_view = node.op != "output" and set(storages[node]) <= set(storages[source])
             for storage in storages[source]:

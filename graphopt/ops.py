@@ -7,7 +7,7 @@ operator returns a view is not listed here: the storages recorded while tracing 
 
 import functools
 import operator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -141,6 +141,71 @@ def is_collective(target: Any) -> bool:
         "_dtensor",
         "c10d_functional",
     }
+
+
+# Operators that start a transfer which `_WAITS` end: what each does, and the position of its group.
+# By the name of their schema, as some are registered only when a part of torch is imported.
+_STARTS: dict[str, tuple[str, int | None]] = {
+    "_c10d_functional::all_reduce": ("all_reduce", 2),
+    "_c10d_functional::all_reduce_coalesced": ("all_reduce", 2),
+    "_c10d_functional::all_gather_into_tensor": ("all_gather", 2),
+    "_c10d_functional::all_gather_into_tensor_coalesced": ("all_gather", 2),
+    "_c10d_functional::reduce_scatter_tensor": ("reduce_scatter", 3),
+    "_c10d_functional::reduce_scatter_tensor_coalesced": ("reduce_scatter", 3),
+    "_c10d_functional::all_to_all_single": ("all_to_all", 3),
+    "_c10d_functional::broadcast": ("broadcast", 2),
+    "ao::offload": ("device_to_host", None),
+    "ao::reload": ("host_to_device", None),
+}
+_WAITS = {"_c10d_functional::wait_tensor", "ao::wait_tensor"}
+
+
+class Transfer(NamedTuple):
+    """What an operator starts: a collective of `group` (a name, or what stands for it), or a copy."""
+
+    kind: str
+    group: Any
+
+
+def transfer_of(node: fx.Node) -> Transfer | None:
+    """The transfer that `node` starts, to be ended by the nodes for which `is_wait` holds."""
+    entry = _STARTS.get(_schema_name(node.target))
+    if entry is None:
+        return None
+    kind, position = entry
+    return Transfer(kind, None if position is None else node.args[position])
+
+
+def is_wait(node: fx.Node) -> bool:
+    """True where `node` waits for the end of the transfer that made its operand."""
+    return _schema_name(node.target) in _WAITS
+
+
+def operands_in_flight(wait: fx.Node) -> list[fx.Node]:
+    """What the transfer that `wait` ends reads until then."""
+    start = wait.all_input_nodes[0]
+    if start.target is operator.getitem:
+        start = start.all_input_nodes[0]
+    return start.all_input_nodes if transfer_of(start) is not None else []
+
+
+@functools.cache
+def _schema_name(target: Any) -> str:
+    schema = getattr(target, "_schema", None)
+    return "" if schema is None else str(schema.name)
+
+
+def is_movable(node: fx.Node) -> bool:
+    """True where `node` may run at any time after its operands were made.
+
+    Operators of libraries may hide communication, and what returns nothing is there for an effect.
+    """
+    if node.target is operator.getitem:
+        return True
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return getattr(node.target, "__module__", None) in ("_operator", "math")
+    schema, known = node.target._schema, ("aten", "prims", "graphopt")
+    return node.target.namespace in known and not schema.is_mutable and bool(schema.returns)
 
 
 def may_recompute(node: fx.Node) -> bool:

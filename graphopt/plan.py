@@ -12,6 +12,10 @@ from graphopt.errors import PlanError
 class Plan:
     """Base of all plans: a frozen dataclass whose fields are names, numbers and tuples of them."""
 
+    def table(self) -> str:
+        """More lines for the report; "" where `str` of the plan says all."""
+        return ""
+
     def to_json(self) -> str:
         """The plan as JSON text, with the name of its class."""
         return json.dumps({"plan": type(self).__name__, **dataclasses.asdict(self)}, indent=1)

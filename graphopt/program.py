@@ -11,6 +11,7 @@ import torch.utils._pytree as pytree
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
+from graphopt import ops
 from graphopt.errors import TraceError
 
 LEAVES = "graphopt_leaves"
@@ -176,6 +177,8 @@ def _leaves_of(node: fx.Node) -> tuple[Leaf, ...]:
 def _alias(node: fx.Node, tensor: torch.Tensor) -> tuple[int, int] | None:
     if not isinstance(tensor, FakeTensor) and tensor.device.type == "meta":
         raise TraceError(f"node {node.name} was traced without fake tensors; its storages are unknown")
+    if ops.is_wait(node):  # returns its operand; its fake result says nothing of that
+        return 0, 0
     storage = tensor.untyped_storage()._cdata
     for position, source in enumerate(node.all_input_nodes):
         for index, other in enumerate(tensors_of(source)):

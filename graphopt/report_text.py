@@ -83,6 +83,7 @@ def _summary(report: Report, graph: GraphReport) -> list[Line]:
     ]
     for step in graph.passes:
         rows.append((step.name, f"{step.plan} (in {format_seconds(step.seconds)})"))
+        rows += [("", line) for line in step.table.splitlines()]
     return [[(f"  {name:<16}", "dim"), (text, "")] for name, text in rows]
 
 

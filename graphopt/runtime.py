@@ -21,7 +21,7 @@ from graphopt.passes.base import Pass
 from graphopt.passes.pipeline import PassStep, run_passes
 from graphopt.passes.replay import RECOMPUTE_OF
 from graphopt.program import Program, Role, leaves, tensors_of
-from graphopt.split import backward_module, forward_module, saved_nodes
+from graphopt.split import as_saved, backward_module, forward_module, saved_nodes
 from graphopt.tangents import unlikely_tangents, without_gradients
 
 if TYPE_CHECKING:
@@ -178,7 +178,7 @@ class _Graph:
             saved = saved_nodes(planned)
             return forward_module(planned, saved), backward_module(planned, _names(saved))
         names = set(_names(saved_nodes(planned))) | set(_names(saved_nodes(replayed)))
-        saved = [n for n in replayed.graph.nodes if n.name in names]
+        saved = as_saved(n for n in replayed.graph.nodes if n.name in names)
         self.full_backward = backward_module(replayed, _names(saved))
         return forward_module(replayed, saved), backward_module(planned, _names(saved))
 

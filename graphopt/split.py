@@ -7,6 +7,7 @@ by the saved tensors; the backward takes the saved tensors and the tangents and 
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import fx
 from torch._functorch._aot_autograd.descriptors import SavedForBackwardsAOTOutput
 
@@ -22,7 +23,8 @@ def is_backward(node: fx.Node) -> bool:
 def saved_nodes(program: Program) -> list[fx.Node]:
     """What the backward of `program` takes from the forward, in order: inputs and computed tensors.
 
-    Tensors that autograd must not check for later writes come last, as AOTAutograd asks.
+    Tensors that autograd must not check for later writes come after the others, and what is no tensor
+    (the mesh of a DTensor) last, as AOTAutograd asks.
     """
     late = late_nodes(program)
     used = dict.fromkeys(
@@ -36,7 +38,17 @@ def saved_nodes(program: Program) -> list[fx.Node]:
         if isinstance(gradient, fx.Node) and gradient not in late:
             used[gradient] = None
     order = [n for n in program.graph.nodes if n in used and n.op != "get_attr"]
-    return sorted(order, key=lambda n: bool(n.meta.get("saved_tensor_with_no_vc_check", False)))
+    return as_saved(order)
+
+
+def as_saved(nodes: Iterable[fx.Node]) -> list[fx.Node]:
+    """`nodes` in the order of `saved_nodes`."""
+
+    def place(node: fx.Node) -> tuple[bool, bool]:
+        unchecked = bool(node.meta.get("saved_tensor_with_no_vc_check", False))
+        return not isinstance(node.meta.get("val"), torch.Tensor), unchecked
+
+    return sorted(nodes, key=place)
 
 
 def late_nodes(program: Program) -> set[fx.Node]:

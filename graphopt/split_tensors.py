@@ -210,11 +210,11 @@ def _cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor | None:
-    if z.dim() != 2 or targets.is_floating_point() or not (size_average is None is reduce):
+    if z.dim() != 2 or targets.requires_grad or not (size_average is None is reduce):
         return None
     options, shard = LossOptions(ignore_index, reduction, label_smoothing), z._weight.shard
     training = torch.is_grad_enabled() and (z._x.requires_grad or z._weight.requires_grad)
-    numbers = 3 if label_smoothing else 2
+    numbers = 3 if label_smoothing or targets.is_floating_point() else 2
     (n, d), dtype = z._x.shape, z._x.dtype
     sizes = SplitSizes(n, d, shard.words, shard.ranks, dtype, numbers, training, bool(z._head.cap))
     return vocab_parallel_cross_entropy(

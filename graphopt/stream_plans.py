@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from graphopt.streamed import Coefficients, Operands, Statistics, Tile, spans, statistics_of
+from graphopt.streamed import Coefficients, Operands, Statistics, Tile, finite, spans, statistics_of
 
 _MIXED_ROWS = 1024  # rows of a sum of more precision that are added to at a time
 
@@ -129,14 +129,12 @@ def attention(operands: Operands, columns: int) -> tuple[RowNumbers, Tensor]:
     for span in spans(weight.shape[0], columns):
         part = operands.columns(span)
         z = tile.logits(part)
-        new = statistics_of(z, part.targets, part.mix, part.summed)
-        merged = new if found is None else found.merge(new)
-        base = merged.peak.clamp_min(torch.finfo(z.dtype).min)
+        least = None if found is None else found.peak
+        new = statistics_of(z, part.targets, part.mix, part.summed, least)
         if found is not None:
-            mean.mul_((found.peak - base).exp().to(mean.dtype)[:, None])
-        z.mul_((new.peak - base).exp().to(z.dtype)[:, None])
+            mean.mul_((found.peak - finite(new.peak)).exp().to(mean.dtype)[:, None])
         _add_product(mean, tile.lowered(z), part.weight)
-        found = merged
+        found = new if found is None else found.merge(new)
     assert found is not None, "the vocabulary is empty"
     mean.div_(found.mass.to(mean.dtype)[:, None])
     return RowNumbers(found.lse, *found[2:]), mean

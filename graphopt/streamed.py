@@ -100,7 +100,7 @@ class Statistics(NamedTuple):
         True
         """
         peak = torch.maximum(self.peak, other.peak)
-        base = peak.clamp_min(torch.finfo(peak.dtype).min)  # of a row without a finite logit
+        base = finite(peak)
         mass = self.mass * (self.peak - base).exp() + other.mass * (other.peak - base).exp()
         sums = (a + b for a, b in zip(self[2:], other[2:], strict=True))
         return Statistics(peak, mass, *sums)
@@ -112,15 +112,27 @@ class Statistics(NamedTuple):
 
 
 def statistics_of(
-    z: Tensor, targets: Tensor | None, mix: Tensor | None = None, summed: bool = False
+    z: Tensor,
+    targets: Tensor | None,
+    mix: Tensor | None = None,
+    summed: bool = False,
+    least: Tensor | None = None,
 ) -> Statistics:
-    """The statistics of logits z (N, V), which is overwritten with exp(z - maximum)."""
+    """The statistics of logits z (N, V), which is overwritten with exp(z - maximum).
+
+    `least` (N,) are maxima of other parts: where they are larger, they take the place of the maximum.
+    """
     picked = picked_of(z, targets)
     total = z.sum(1) if summed else z.new_zeros(z.shape[:1])
     mixed = z.new_zeros(z.shape[:1]) if mix is None else _dot(z, mix.to(z.dtype))
-    peak = z.amax(1)
-    z.sub_(peak.clamp_min(torch.finfo(z.dtype).min)[:, None]).exp_()
+    peak = z.amax(1) if least is None else torch.maximum(z.amax(1), least.to(z.dtype))
+    z.sub_(finite(peak)[:, None]).exp_()
     return Statistics(*(s.double() for s in (peak, z.sum(1), picked, total, mixed)))
+
+
+def finite(peak: Tensor) -> Tensor:
+    """Maxima, the least number in place of that of a row without a finite logit."""
+    return peak.clamp_min(torch.finfo(peak.dtype).min)
 
 
 def _dot(z: Tensor, mix: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import fx, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from graphopt.capture import CaptureSettings, Frame, frame_of, program_of
 from graphopt.cleanup import cleaned
@@ -140,11 +141,7 @@ class _Faker:
     def tensor(self, tensor: torch.Tensor) -> torch.Tensor:
         """The fake copy; tensors on the meta device are taken to be on the CPU."""
         if id(tensor) not in self.memo:
-            device = "cpu" if tensor.device.type == "meta" else tensor.device
-            with self.mode:
-                fake = torch.empty_strided(
-                    tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device
-                )
+            fake = self._like(tensor)
             if tensor.requires_grad and not isinstance(tensor, nn.Parameter):
                 fake.requires_grad_()
             if isinstance(tensor, nn.Parameter):
@@ -152,6 +149,17 @@ class _Faker:
             self.memo[id(tensor)] = fake
             self.originals.append(tensor)
         return self.memo[id(tensor)]  # type: ignore[no-any-return]
+
+    def _like(self, tensor: torch.Tensor) -> torch.Tensor:
+        if is_traceable_wrapper_subclass(tensor):  # a DTensor, for one: around fake parts
+            names, context = tensor.__tensor_flatten__()
+            parts = {name: getattr(tensor, name) for name in names}
+            inner = {k: self.tensor(p) if isinstance(p, torch.Tensor) else p for k, p in parts.items()}
+            sizes = tensor.shape, tensor.stride()
+            return type(tensor).__tensor_unflatten__(inner, context, *sizes)
+        device = "cpu" if tensor.device.type == "meta" else tensor.device
+        with self.mode:
+            return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
 
     def callable(self, model: nn.Module | Callable[..., Any]) -> Callable[..., Any]:
         """`model` on fake tensors: a module's copy, or a function whose modules are copied."""

@@ -1,7 +1,7 @@
 """What a split loss is made of, and how the numbers of its rows go from rank to rank.
 
-Collectives of an exchange of n rows, with k float64 numbers (2; 3 with label smoothing) for each:
-"three-barrier" reduces n, then k n of them; the other two algorithms gather k n of each rank once.
+Collectives of an exchange of n rows, with k float64 numbers (2; 3 with label smoothing or probabilities)
+for each: "three-barrier" reduces n, then k n of them; the others gather k n of each rank once.
 """
 
 import math
@@ -62,7 +62,7 @@ class SplitSizes:
 
 
 class Problem(NamedTuple):
-    """What a split loss has besides x, the weight and the bias. `mix` is (1, V_i) or None."""
+    """What a split loss has besides x, the weight and the bias. `mix` is (1 or N, V_i) or None."""
 
     shard: Shard
     targets: Targets
@@ -73,7 +73,7 @@ class Problem(NamedTuple):
     def operands(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Operands:
         """Those of this rank's words."""
         local = self.targets.word - self.shard.start
-        summed = bool(self.targets.options.label_smoothing) and self.mix is None
+        summed = bool(self.targets.spread) and self.mix is None
         return Operands(x, weight, bias, local, self.mix, self.head, summed)
 
     def rows(self, span: slice) -> "Problem":

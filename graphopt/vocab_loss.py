@@ -6,7 +6,11 @@ smoothing, V words, the loss of a row whose target is not the ignore index is
     l[n] = (1 - e) w[t] (lse - z_t) + (e / V) (sum(w) lse - sum(w z)) + c lse^2
 
 where c is the z-loss (Chowdhery et al., "PaLM", 2022, section 5). "mean" divides the sum of all l by the
-sum of w[t] of the rows that count, as `F.cross_entropy` does.
+sum of w[t] of the rows that count, as `F.cross_entropy` does. With probabilities q (N, V) as targets
+
+    l[n] = sum(m) lse - sum(m z) + c lse^2,  m = w ((1 - e) q[n] + e / V)
+
+and "mean" divides by N.
 """
 
 from dataclasses import dataclass
@@ -19,6 +23,7 @@ from graphopt.errors import GraphoptError
 from graphopt.stream_plans import RowNumbers
 from graphopt.streamed import Coefficients
 
+_ROWS = 16  # rows of probabilities that are held in float64 at a time
 REDUCTIONS = ("none", "mean", "sum")
 
 
@@ -45,7 +50,8 @@ class Targets(NamedTuple):
 
     `counts` (N,) says which of the targets `word` (N,) do. `hot` (N,) is the factor of lse - z_t,
     `spread` the one of the sums over all words, `width` the sum of the class weights, `divisor` what the
-    reduction divides by.
+    reduction divides by. Of probabilities, `word` lies outside of the vocabulary, so that z_t is zero,
+    `hot` is sum(m), `spread` one, and `width` zero.
     """
 
     word: Tensor
@@ -77,6 +83,30 @@ def targets_of(word: Tensor, words: int, class_weight: Tensor | None, options: L
     return Targets(word, counts, hot, smoothing / words, width, divisor, options)
 
 
+def blend(probability: Tensor, words: int, class_weight: Tensor | None, options: LossOptions) -> Tensor:
+    """The mix m of some of `words` words: their `probability` (N, v), weighted (v,) and smoothed.
+
+    It is `probability` itself, without a copy, where there are no weights and no smoothing.
+    """
+    smoothing = options.label_smoothing
+    if smoothing:
+        probability = probability * (1 - smoothing) + smoothing / words
+    return probability if class_weight is None else probability * class_weight
+
+
+def probable_targets(probability: Tensor, class_weight: Tensor | None, options: LossOptions) -> Targets:
+    """Weigh probabilities (N, V) as targets; GraphoptError for an ignore index, as they have none."""
+    if options.ignore_index >= 0:
+        raise GraphoptError("ignore_index is not supported for probabilities as targets")
+    (count, words), device = probability.shape, probability.device
+    rows = [blend(p.double(), words, class_weight, options).sum(1) for p in probability.split(_ROWS)]
+    one = torch.ones((), dtype=torch.float64, device=device)
+    outside = torch.full((count,), -1, device=device)
+    divisor = one * count if options.reduction == "mean" else one
+    hot = torch.cat(rows)
+    return Targets(outside, outside < 0, hot, 1.0, 0 * one, divisor, options)
+
+
 def _check(word: Tensor, wrong: Tensor) -> None:
     if word.device.type != "cpu":
         torch._assert_async(~wrong.any(), "a target is out of bounds")
@@ -88,7 +118,7 @@ def loss_of(numbers: RowNumbers, targets: Targets) -> Tensor:
     """The reduced loss (), or the loss of each row (N,)."""
     lse, options = numbers.lse, targets.options
     rows = targets.hot * (lse - numbers.picked)
-    if options.label_smoothing:
+    if targets.spread:
         rows = rows + targets.spread * (targets.width * lse - _sums(numbers))
     if options.z_loss:
         rows = rows + options.z_loss * lse.square()
@@ -107,10 +137,10 @@ def coefficients(lse: Tensor, targets: Targets, upstream: Tensor, weighted: bool
     scale = torch.where(targets.counts, upstream / targets.divisor, 0.0)
     hot = scale * targets.hot
     p, spread = hot, scale * targets.spread
-    if options.label_smoothing:
+    if targets.spread:
         p = p + spread * targets.width
     if options.z_loss:
         p = p + scale * (2 * options.z_loss) * lse
-    if not options.label_smoothing:
+    if not targets.spread:
         return Coefficients(p, -hot)
     return Coefficients(p, -hot, mixed=-spread) if weighted else Coefficients(p, -hot, one=-spread)

@@ -38,7 +38,7 @@ from graphopt.vocab_exchange import (
     end_exchange,
     exchange,
 )
-from graphopt.vocab_loss import LossOptions, loss_of, targets_of
+from graphopt.vocab_loss import LossOptions, Targets, blend, loss_of, probable_targets, targets_of
 from graphopt.vocab_shard import Shard, gather_rows, sum_over
 
 aten = torch.ops.aten
@@ -59,9 +59,10 @@ def vocab_parallel_cross_entropy(
 ) -> Tensor:
     """`F.cross_entropy(x @ weight.T + bias, targets)` of a vocabulary that is split over ranks.
 
-    x (N, D) and targets (N,) are the same on every rank; weight (V_i, D) and bias (V_i,) are those of the
-    words of `shard`; `class_weight` (V,) is of all words. `head` scales and soft-caps the logits. The
-    loss, () or (N,), and the gradient of x are the same on every rank; the loss is float32 at least.
+    x (N, D) and targets, (N,) or probabilities (N, V), are the same on every rank; weight (V_i, D) and
+    bias (V_i,) are those of the words of `shard`; `class_weight` (V,) is of all words. `head` scales and
+    soft-caps the logits. The loss, () or (N,), and the gradient of x are the same on every rank; the loss
+    is float32 at least.
 
     Raises IndexError for targets outside of the vocabulary and GraphoptError for operands that do not
     fit, before any collective.
@@ -69,9 +70,7 @@ def vocab_parallel_cross_entropy(
     options, head, way = options or LossOptions(), head or Head(), way or Way()
     _check(x, weight, targets, shard, class_weight, head, way)
     dtype = Operands(x, weight).dtype
-    found = targets_of(targets, shard.words, class_weight, options)
-    weighted = class_weight is not None and bool(options.label_smoothing)
-    mix = shard.part(class_weight.to(dtype))[None] if class_weight is not None and weighted else None
+    found, mix = _weighed(targets, shard, class_weight, options, dtype)
     needed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
     if way.stream == "tokens" and (options.reduction == "none" or not needed):
         way = Way(way.algorithm, "words", max(1, way.block * shard.size // max(1, x.shape[0])))
@@ -79,6 +78,25 @@ def vocab_parallel_cross_entropy(
     function = _TokensLoss if way.stream == "tokens" else _WordsLoss
     loss: Tensor = function.apply(x, weight, bias, problem, needed)  # type: ignore[no-untyped-call]
     return loss.to(dtype)
+
+
+def _weighed(
+    targets: Tensor,
+    shard: Shard,
+    class_weight: Tensor | None,
+    options: LossOptions,
+    dtype: torch.dtype,
+) -> tuple[Targets, Tensor | None]:
+    """The targets, and what this rank's logits are summed by: (N, V_i), (1, V_i), or nothing."""
+    weight = None if class_weight is None else class_weight.to(dtype)
+    own = None if weight is None else shard.part(weight)
+    if targets.is_floating_point():
+        probability = targets.detach()
+        part = probability[:, shard.start : shard.stop]
+        found = probable_targets(probability, class_weight, options)
+        return found, blend(part, shard.words, own, options)
+    found = targets_of(targets, shard.words, class_weight, options)
+    return found, own[None] if own is not None and options.label_smoothing else None
 
 
 def _check(
@@ -90,10 +108,12 @@ def _check(
     head: Head,
     way: Way,
 ) -> None:
-    if targets.dtype.is_floating_point:
-        raise GraphoptError("probabilities as targets are not supported over a split vocabulary")
-    if x.dim() != 2 or targets.shape != x.shape[:1]:
-        raise GraphoptError(f"x {tuple(x.shape)} and targets {tuple(targets.shape)} must be (N, D), (N,)")
+    if targets.requires_grad:
+        raise GraphoptError("targets of a split vocabulary get no gradient: detach them")
+    shape = (*x.shape[:1], shard.words) if targets.is_floating_point() else x.shape[:1]
+    if x.dim() != 2 or targets.shape != shape:
+        given = f"x {tuple(x.shape)} and targets {tuple(targets.shape)}"
+        raise GraphoptError(f"{given} must be (N, D) and (N,), or probabilities (N, {shard.words})")
     if weight.shape != (shard.size, x.shape[1]):
         wanted = (shard.size, x.shape[1])
         raise GraphoptError(f"rank {shard.rank} needs a weight {wanted}, not {tuple(weight.shape)}")

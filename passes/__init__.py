@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from graphopt.passes.checkpoint import Checkpoint
+    from graphopt.passes.overlap_comm import OverlapComm
     from graphopt.passes.patch_inference import PatchInference
     from graphopt.passes.skip_layers import SkipLayers
     from graphopt.passes.sparse_update import SparseUpdate
@@ -14,11 +15,20 @@ if TYPE_CHECKING:
 if __name__ != "graphopt.passes":
     raise ImportError(f"import this package as graphopt.passes, not as {__name__}")
 
-__all__ = ["Checkpoint", "PatchInference", "SkipLayers", "SparseUpdate", "SplitVocab", "StreamLoss"]
+__all__ = [
+    "Checkpoint",
+    "OverlapComm",
+    "PatchInference",
+    "SkipLayers",
+    "SparseUpdate",
+    "SplitVocab",
+    "StreamLoss",
+]
 
 # Public name -> the module that defines it.
 _LAZY = {
     "Checkpoint": "graphopt.passes.checkpoint",
+    "OverlapComm": "graphopt.passes.overlap_comm",
     "PatchInference": "graphopt.passes.patch_inference",
     "SkipLayers": "graphopt.passes.skip_layers",
     "SparseUpdate": "graphopt.passes.sparse_update",

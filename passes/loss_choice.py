@@ -113,8 +113,8 @@ def _step(program: Program, costs: Costs) -> tuple[int, float]:
     return peak, sum(o.seconds for o in flow.operators)
 
 
-def best(tried: Sequence[Candidate], memory: Budget, budget_bytes: int | None) -> Candidate:
-    """The candidate that `StreamLoss` takes; the first of `tried` is the plain program."""
+def eligible(tried: Sequence[Candidate], memory: Budget, budget_bytes: int | None) -> Sequence[Candidate]:
+    """The candidates that `StreamLoss` takes the fastest of; the first of `tried` is the plain way."""
     least = min(tried, key=lambda c: (c.peak_bytes, c.own_bytes, c.seconds))
     if budget_bytes is not None:
         fitting = [c for c in tried if c.peak_bytes <= budget_bytes]
@@ -125,10 +125,15 @@ def best(tried: Sequence[Candidate], memory: Budget, budget_bytes: int | None) -
                 f"({least.peak_bytes} bytes), with everything else kept",
                 reachable_bytes=least.peak_bytes,
             )
-        return min(fitting, key=lambda c: c.seconds)
+        return fitting
     if memory == "min":
-        return least
+        return [least]
     saved = tried[0].peak_bytes - least.peak_bytes
     close = [c for c in tried if c.peak_bytes <= least.peak_bytes + SHARE * saved]
     own = CLOSE * min(c.own_bytes for c in close) + SLACK * saved
-    return min((c for c in close if c.own_bytes <= own), key=lambda c: c.seconds)
+    return [c for c in close if c.own_bytes <= own]
+
+
+def best(tried: Sequence[Candidate], memory: Budget, budget_bytes: int | None) -> Candidate:
+    """The fastest of those that are eligible."""
+    return min(eligible(tried, memory, budget_bytes), key=lambda c: c.seconds)

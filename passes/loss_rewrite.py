@@ -15,7 +15,7 @@ from graphopt.passes.loss_builder import NOTHING, Builder
 from graphopt.passes.loss_reductions import mix_node
 from graphopt.passes.loss_rules import RULES
 from graphopt.passes.loss_values import Head, Raw
-from graphopt.program import Program, set_value
+from graphopt.program import Program, Role, set_value
 from graphopt.split import late_nodes
 from graphopt.stream_ops import ops
 
@@ -81,7 +81,10 @@ def _reaches_a_loss(node: fx.Node, late: Collection[fx.Node]) -> bool:
 
 
 def _unreached(program: Program, found: Collection[fx.Node]) -> Iterator[tuple[fx.Node, str]]:
-    """Other products before a log-softmax, and the first operator between that is not followed."""
+    """Other products before a log-softmax, and the first operator between that is not followed.
+
+    Where there is no product before it in this graph, the log-softmax itself.
+    """
     for node in program.operators():
         if node.target not in _READS:
             continue
@@ -93,6 +96,8 @@ def _unreached(program: Program, found: Collection[fx.Node]) -> Iterator[tuple[f
             last = before
         if last.target in _LINEAR and last not in found:
             yield last, f"{stopped.name} ({stopped.target}) is not followed to {node.name}"
+        if node.target is aten._log_softmax.default and program.roles.get(last.name) is Role.INPUT:
+            yield node, f"{last.name} is an input, made before this graph or a graph break"
 
 
 def _columns(node: fx.Node) -> int | None:

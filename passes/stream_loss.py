@@ -123,6 +123,7 @@ class StreamLoss(Pass):
             if name not in heads:
                 raise PlanError(f"{name} is no projection whose loss can be streamed here")
             put(found.program, heads[name], variant, block, plan.drop_ignored, plan.in_place)
+        found.program.module.recompile()  # or the module still runs what stood there before
         return found.program
 
 

@@ -18,7 +18,7 @@ FOLDER_FLOORS = {"cost_models": 1, "passes": 2, "codegen": 3}
 # Every module of graphopt/ has its floor here, except __init__, which only names what is public.
 MODULE_FLOORS = {
     **dict.fromkeys(
-        ["accumulation", "capture", "compiled", "errors", "ops", "plan", "program", "split"], 0
+        ["accumulation", "capture", "compiled", "errors", "ops", "plan", "program", "ranks", "split"], 0
     ),
     "tangents": 0,
     "__version__": 0,  # a text of graphopt/__init__

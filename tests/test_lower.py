@@ -13,7 +13,7 @@ from tiny_models import MODELS
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from graphopt import measure
+from graphopt import measure, trace
 from graphopt.cost_models.memory import dataflow
 from graphopt.cost_models.schedule import forward_steps, simulate
 from graphopt.lower import boxed, last_uses, overwrite_dead_operands, storages_of
@@ -260,3 +260,23 @@ def test_programs_are_not_changed_by_lowering_their_halves() -> None:
     backward = backward_module(program, [n.name for n in saved])
     assert overwrite_dead_operands(forward) + overwrite_dead_operands(backward) > 0
     assert str(program.graph) == before
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+@pytest.mark.parametrize("waits_first", [True, False])
+def test_what_a_transfer_still_reads_is_not_overwritten(waits_first: bool) -> None:
+    collectives = torch.ops._c10d_functional
+
+    def f(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        sent = x * 2
+        begun = collectives.all_gather_into_tensor(sent, 2, "0")
+        if waits_first:
+            gathered = collectives.wait_tensor(begun)
+            return gathered + 0.5, sent + 1
+        other = sent + 1
+        return collectives.wait_tensor(begun) + 0.5, other
+
+    module = trace(f, [torch.ones(3)], training=False).copy().module
+    count = overwrite_dead_operands(module)
+    assert count == (2 if waits_first else 1)  # what was gathered, and what was sent
+    assert any(n.target is aten.add_.Scalar or n.target is aten.add.out for n in module.graph.nodes)

@@ -7,10 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import graphopt
 from graphopt import Checkpoint, GraphoptError, PlanError, StreamLoss, optimize
 from graphopt.absent_logits import AbsentLogits
+from graphopt.stream_ops import ops
 
 D, V = 16, 257
 
@@ -294,6 +296,39 @@ def test_full_verification_and_plans_as_json() -> None:
     ours(**batch())["loss"].backward()
     plan = plans(ours)[0]
     assert type(plan).from_json(plan.to_json()) == plan
+
+
+def test_a_graph_break_between_head_and_loss_is_said() -> None:
+    class Broken(Model):
+        def forward(self, ids: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+            logits = F.linear(self.table(ids), self.table.weight)
+            torch._dynamo.graph_break()
+            return {"loss": F.cross_entropy(logits.view(-1, V), labels.view(-1))}
+
+    model, given = Broken(), batch()
+    want = eager(model, given)["loss"]
+    ours = streamed(model)
+    assert torch.equal(ours(**given)["loss"], want)
+    first, second = plans(ours)
+    assert not first.heads and not second.heads
+    assert "_log_softmax is left alone: primals_1 is an input, made before this graph" in str(second)
+
+
+def test_one_graph() -> None:
+    model, given = Model(), batch()
+    ours = streamed(model, fullgraph=True)
+    assert torch.allclose(ours(**given)["loss"], model(**given)["loss"])
+    assert len(plans(ours)) == 1
+
+
+def test_absent_logits_are_as_compilers_are_told() -> None:
+    x, w = torch.randn(6, D), torch.randn(V, D)
+    given = (None, 1.0, 0.0, [2, 3, V], torch.float32, True)
+    real = ops.absent_logits(x, w, *given)
+    with FakeTensorMode() as mode:
+        fake = ops.absent_logits(mode.from_tensor(x), mode.from_tensor(w), *given)
+    assert (real.shape, real.stride(), real.dtype) == (fake.shape, fake.stride(), fake.dtype)
+    assert torch.equal(real.view(6, V) + 0, F.linear(x, w))
 
 
 def test_it_is_listed() -> None:

@@ -41,6 +41,10 @@ def test_every_option_is_exact(found: Any) -> None:
     assert max(options["worst"].values()) < 1e-12, options["worst"]
 
 
+def test_probabilities_as_targets_are_exact(found: Any) -> None:
+    assert found["probable"]["count"] == 120 and found["probable"]["worst"] < 1e-12
+
+
 @pytest.mark.parametrize("dtype", ["torch.float32", "torch.bfloat16"])
 def test_low_precision_is_as_close_to_float64_as_one_process(found: Any, dtype: str) -> None:
     eager = found["precision"][dtype]["eager"]
@@ -69,7 +73,9 @@ def test_collectives_are_as_planned(found: Any) -> None:
     [
         ("target", "IndexError: Target 11 is out of bounds."),
         ("eager target", "IndexError: Target 11 is out of bounds."),
-        ("probabilities", "GraphoptError: probabilities as targets are not supported"),
+        ("probabilities", "(13, 10) must be (N, D) and (N,), or probabilities (N, 11)"),
+        ("their gradient", "GraphoptError: targets of a split vocabulary get no gradient"),
+        ("their index", "GraphoptError: ignore_index is not supported for probabilities"),
         ("weight", "GraphoptError: rank 0 needs a weight"),
         ("dtype", "GraphoptError: x is torch.float64, the weight torch.float32"),
         ("cap", "GraphoptError: the one-barrier algorithm has no soft cap"),

@@ -134,6 +134,28 @@ def compare(build: Callable[[], nn.Module], mesh: DeviceMesh, algorithm: str | N
     return found
 
 
+def with_checkpoint(mesh: DeviceMesh) -> dict[str, Any]:
+    """A split vocabulary with recomputation between its ends, in one call, beside the plain model."""
+    torch.manual_seed(0)
+    plain = Renamed().double()
+    split = copy.deepcopy(plain)
+    passes = [graphopt.SplitVocab(), graphopt.Checkpoint(memory="min")]
+    ours = graphopt.optimize(split, mesh=mesh, passes=passes, device="cpu-generic")
+    ids = torch.randint(V, (2, 9), generator=torch.Generator().manual_seed(1))
+    losses = [model(input_ids=ids, labels=ids).loss for model in (plain, ours)]
+    for loss in losses:
+        loss.backward()
+    pairs = [(plain.c.weight.grad, split.c.weight.grad), (plain.a.weight.grad, split.a.weight.grad)]
+    records = ours._graphopt.log.records
+    return {
+        "loss": float((losses[0] - losses[1]).abs()),
+        "gradients": max(float((a - b).abs().max()) for a, b in pairs),
+        "rows": [p.grad.shape[0] for p in (split.b.weight, split.d.weight)],
+        "planned": sum(r.before.is_joint for r in records),
+        "state": distance(plain.state_dict(), ours.state_dict()),
+    }
+
+
 def refusals(mesh: DeviceMesh) -> dict[str, str]:
     """What `optimize` does not take."""
     model = Renamed()
@@ -141,7 +163,7 @@ def refusals(mesh: DeviceMesh) -> dict[str, str]:
     grid = init_device_mesh("cpu", (1, mesh.size()), mesh_dim_names=("dp", "tp"))
     calls: dict[str, Callable[[], Any]] = {
         "mesh": lambda: graphopt.optimize(model, passes=[ours]),
-        "passes": lambda: graphopt.optimize(model, passes=[ours, graphopt.Checkpoint()], mesh=mesh),
+        "passes": lambda: graphopt.optimize(model, passes=[graphopt.Checkpoint(), ours], mesh=mesh),
         "memory": lambda: graphopt.optimize(model, memory="min", mesh=mesh),
         "dimension": lambda: graphopt.optimize(model, passes=[ours], mesh=grid, device="cpu-generic"),
         "function": lambda: graphopt.optimize(len, passes=[ours], mesh=mesh),
@@ -163,6 +185,7 @@ def work(rank: int, folder: str) -> None:
         name: compare(build, mesh, None if "cap" in name else way)
         for (name, build), way in zip(MODELS.items(), ways, strict=True)
     }
+    found["with checkpoint"] = with_checkpoint(mesh)
     found["refusals"] = refusals(mesh)
     if rank == 0:
         Path(folder, "results.json").write_text(json.dumps(found))

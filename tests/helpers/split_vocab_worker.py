@@ -233,6 +233,20 @@ def counted(shard: Shard) -> Any:
     return found
 
 
+def probable(shard: Shard) -> Any:
+    """The largest error with probabilities as targets, over all options; and how many there were."""
+    inputs, errors = Inputs(), []
+    inputs.targets = torch.rand(N, V, dtype=torch.float64).softmax(-1)
+    chosen = itertools.product(("mean", "none"), (0.0, 0.1), (False, True), (Head(), Head(0.7, 2.0)))
+    for reduction, smoothing, weighted, head in chosen:
+        o = LossOptions(reduction=reduction, label_smoothing=smoothing)
+        want = parts(plain(inputs, o, head, weighted, True), shard)
+        for way in ways():
+            if not head.cap or way.algorithm != "one-barrier":
+                errors.append(error(split(inputs, o, head, weighted, True, way, shard), want))
+    return {"count": len(errors), **worst_of({"worst": max(errors)})}
+
+
 def refusal(call: Callable[[], Any]) -> str:
     """The error that `call` raises, as text."""
     try:
@@ -258,7 +272,10 @@ def edges(shard: Shard) -> Any:
     bad[1] = V
     found["target"] = refusal(lambda: loss(targets=bad))
     found["eager target"] = refusal(lambda: F.cross_entropy(inputs.x @ inputs.weight.t(), bad))
-    found["probabilities"] = refusal(lambda: loss(targets=torch.rand(N, V)))
+    found["probabilities"] = refusal(lambda: loss(targets=torch.rand(N, V - 1)))
+    found["their gradient"] = refusal(lambda: loss(targets=torch.rand(N, V).requires_grad_()))
+    first = LossOptions(ignore_index=0)
+    found["their index"] = refusal(lambda: loss(targets=torch.rand(N, V), options=first))
     found["weight"] = refusal(lambda: loss(weight=inputs.weight.detach()))
     found["dtype"] = refusal(lambda: loss(weight=own.float()))
     found["cap"] = refusal(lambda: loss(Way("one-barrier"), head=Head(1.0, 2.0)))
@@ -333,7 +350,7 @@ def work(rank: int, ranks: int, folder: str) -> None:
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=wait)
     shard = Shard.on_mesh(V, init_device_mesh("cpu", (ranks,)))
     large = Shard.on_mesh(999, init_device_mesh("cpu", (ranks,)))
-    found = {case.__name__: case(shard) for case in (options, repeats, counted, edges, ends)}
+    found = {case.__name__: case(shard) for case in (options, probable, repeats, counted, edges, ends)}
     found["precision"] = precision(large)
     if rank == 0:
         Path(folder, "results.json").write_text(json.dumps(found))

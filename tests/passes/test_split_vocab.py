@@ -70,6 +70,13 @@ def test_state_dicts_are_of_the_whole_model(found: Any, model: str) -> None:
     assert found[model]["copied"] == 0.0
 
 
+def test_checkpoints_between_the_ends_of_a_split_vocabulary(found: Any) -> None:
+    ours = found["with checkpoint"]
+    assert ours["loss"] < 1e-12 and ours["gradients"] < 1e-12
+    assert ours["rows"] == [50, 50] and ours["state"] == 0.0
+    assert ours["planned"] >= 1
+
+
 def test_no_model_is_split_twice(found: Any) -> None:
     assert "split already" in found["renamed"]["again"]
 

@@ -19,6 +19,7 @@ import graphopt
 from graphopt import PlanError, Program, StreamLoss, zoo
 from graphopt.cost_models.costs import Costs
 from graphopt.cost_models.devices import get_device
+from graphopt.passes.loss_choice import candidates
 from graphopt.passes.loss_rewrite import streamed
 from graphopt.passes.loss_variants import VARIANTS, NotPossible
 from graphopt.passes.stream_loss import StreamLossPlan
@@ -297,6 +298,20 @@ def test_a_budget_takes_the_fastest_that_fits() -> None:
     with pytest.raises(PlanError) as caught:
         planned(large(), memory=least.peak_bytes - 1)
     assert caught.value.reachable_bytes == least.peak_bytes
+
+
+def test_the_module_of_a_result_runs_what_its_graph_says() -> None:
+    program = large()
+    result = StreamLoss().apply(program, planned(program, variant="tokens", block=64))
+    assert "streamed_sweep" in result.module.code and "_log_softmax" not in result.module.code
+
+
+def test_a_frozen_head_in_thin_blocks_of_tokens_is_slower_than_attention() -> None:
+    program = traced("mean", frozen=True)[0]
+    base = streamed(program)
+    found = candidates(base, Costs.of(program, CPU), None, None, False, True)
+    seconds = {c.heads[0][1:]: c.seconds for c in found}
+    assert seconds["frozen", V] <= min(s for (way, _), s in seconds.items() if way == "vocabulary")
 
 
 def test_planning_changes_nothing_and_repeats() -> None:

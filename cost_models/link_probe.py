@@ -1,0 +1,112 @@
+"""Collectives run on a real process group: how long each takes, and how much it slows down computing."""
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+
+from graphopt.cost_models.devices import Cluster
+from graphopt.cost_models.link_costs import LinkCosts, Samples, contention_of
+from graphopt.errors import PlanError
+from graphopt.ranks import outside_tracing, size_of
+
+LARGEST_BYTES = 2**26  # put in; larger transfers follow the line through the smaller ones
+_SIZES = 5
+_REPEATS = 5
+_SIDE = 256  # of the matrices that are multiplied beside a transfer
+
+
+def measured_links(
+    group: str, wanted: Mapping[str, Iterable[int]], device: torch.device, cluster: Cluster
+) -> LinkCosts:
+    """What collectives of the kinds and sizes `wanted` (bytes that a rank puts in) take on `group`.
+
+    Every rank of the group has to call it with the same arguments. The time of a collective is the
+    least of a few; that of two sizes at least is measured for each kind. PlanError where a rank
+    stopped, or where the group cannot do what is asked.
+    """
+    samples: dict[str, Samples] = {}
+    try:
+        with outside_tracing():
+            for kind, sizes in wanted.items():
+                starts = ((n, _starter(kind, n, group, device)) for n in _sizes(sizes))
+                samples[kind] = tuple((n, _seconds(start, device)) for n, start in starts)
+            contention = _contention(group, samples, device) if samples else 0.0
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise PlanError(f"the links of group {group} could not be measured: {reason}") from error
+    return LinkCosts(cluster, samples, contention)
+
+
+def _sizes(wanted: Iterable[int]) -> list[int]:
+    """A few of the sizes, the least and the largest among them."""
+    found = sorted({min(LARGEST_BYTES, n) for n in wanted})
+    if len(found) > _SIZES:
+        found = [found[round(i * (len(found) - 1) / (_SIZES - 1))] for i in range(_SIZES)]
+    return found if len(found) > 1 else [max(1, found[0] // 4), found[0]]
+
+
+def _starter(kind: str, nbytes: int, group: str, device: torch.device) -> Callable[[], Any]:
+    """A call that starts a collective in which each rank puts in about `nbytes`."""
+    ops: Any = torch.ops._c10d_functional
+    ranks = size_of(group)
+    part = max(1, nbytes // 4 // ranks)
+    numbers = torch.zeros(part * ranks, device=device)
+    return {
+        "all_reduce": lambda: ops.all_reduce(numbers, "sum", group),
+        "all_gather": lambda: ops.all_gather_into_tensor(numbers, ranks, group),
+        "reduce_scatter": lambda: ops.reduce_scatter_tensor(numbers, "sum", ranks, group),
+        "all_to_all": lambda: ops.all_to_all_single(numbers, [part] * ranks, [part] * ranks, group),
+        "broadcast": lambda: ops.broadcast(numbers, 0, group),
+    }[kind]
+
+
+def _seconds(
+    start: Callable[[], Any], device: torch.device, work: Callable[[], Any] | None = None
+) -> float:
+    """Seconds from the start of a collective to its end, `work` beside it; the least of a few."""
+    found = []
+    for _ in range(_REPEATS + 1):  # the first may set up connections
+        torch.ops._c10d_functional.wait_tensor(start())  # the ranks begin together
+        _synchronize(device)
+        begin = time.perf_counter()
+        begun = start()
+        if work is not None:
+            work()
+        torch.ops._c10d_functional.wait_tensor(begun)
+        _synchronize(device)
+        found.append(time.perf_counter() - begin)
+    return min(found[1:])
+
+
+def _contention(group: str, samples: Mapping[str, Samples], device: torch.device) -> float:
+    """k, from the largest transfer beside matrix products that take about as long."""
+    kind, (nbytes, sent_s) = max(((k, max(s)) for k, s in samples.items()), key=lambda item: item[1])
+    square = torch.zeros(_SIDE, _SIDE, device=device)
+    times = 1
+
+    def multiply() -> None:
+        for _ in range(times):
+            square @ square
+        _synchronize(device)
+
+    multiply()
+    times = max(1, round(sent_s / _timed(multiply)))
+    start = _starter(kind, nbytes, group, device)
+    return contention_of(_timed(multiply), _seconds(start, device), _seconds(start, device, multiply))
+
+
+def _timed(work: Callable[[], None]) -> float:
+    found = []
+    for _ in range(_REPEATS):
+        begin = time.perf_counter()
+        work()
+        found.append(time.perf_counter() - begin)
+    return statistics.median(found)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

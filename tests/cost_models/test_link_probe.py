@@ -1,0 +1,61 @@
+"""Collectives are timed on a real group, here of one rank, whatever their kind and size."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from graphopt.cost_models.collectives import KINDS, Collective
+from graphopt.cost_models.devices import GENERIC_CPU, Cluster
+from graphopt.cost_models.link_probe import LARGEST_BYTES, measured_links
+from graphopt.errors import PlanError
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
+CLUSTER = Cluster(GENERIC_CPU, 1, 1e9, 1e-5, "example")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def group() -> Iterator[str]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    assert dist.group.WORLD is not None
+    yield dist.group.WORLD.group_name
+    dist.destroy_process_group()
+
+
+def test_every_kind(group: str) -> None:
+    wanted = {kind: [4000, 40_000] for kind in KINDS}
+    with FakeTensorMode():  # as while a graph is captured
+        links = measured_links(group, wanted, CPU, CLUSTER)
+    for kind in KINDS:
+        assert [n for n, _ in links.samples[kind]] == [4000, 40_000]
+        assert all(0 < seconds < 10 for _, seconds in links.samples[kind])
+        assert links.timing(Collective(kind, 20_000)).source == "measured"  # type: ignore[arg-type]
+        assert links.timing(Collective(kind, 10**6)).source == "fitted"  # type: ignore[arg-type]
+    assert 0 <= links.contention <= 1
+
+
+@pytest.mark.parametrize(
+    ("sizes", "tried"),
+    [
+        ([4000], [1000, 4000]),
+        ([8, 8, 8], [2, 8]),
+        (range(100, 200), [100, 125, 150, 174, 199]),
+    ],
+)
+def test_a_few_sizes(group: str, sizes: list[int], tried: list[int]) -> None:
+    links = measured_links(group, {"all_reduce": sizes}, CPU, CLUSTER)
+    assert [n for n, _ in links.samples["all_reduce"]] == tried
+
+
+def test_nothing_wanted(group: str) -> None:
+    links = measured_links(group, {}, CPU, CLUSTER)
+    assert links.samples == {} and links.contention == 0
+    assert LARGEST_BYTES == 64 * 2**20
+
+
+def test_a_group_that_is_not_there(group: str) -> None:
+    with pytest.raises(PlanError, match="there is no process group nowhere"):
+        measured_links("nowhere", {"all_reduce": [8]}, CPU, CLUSTER)
