@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from byte_models import batch, config, texts, trained
 from harness import interleaved, note, setup, table, write
-from skip_layers import STEPS, batch, texts, trained
+from skip_layers import LAYERS, STEPS, TOKENS, WIDTH
 from torch import Tensor
 
 from graphopt import PlanError, SkipLayers, optimize
@@ -81,11 +82,11 @@ def main() -> None:
     options = parser.parse_args()
     setup()
     seen, _ = texts()
-    model = trained(seen, options.steps, options.cache)
+    model = trained(seen, config(LAYERS, WIDTH, TOKENS), options.steps, options.cache)
     generator = torch.Generator().manual_seed(1)
     data = []
     for phase, samples, target in itertools.product(PHASES, BATCHES, TARGETS):
-        data.append(row(model, batch(seen, generator)[:samples], phase, target))
+        data.append(row(model, batch(seen, generator, samples, TOKENS), phase, target))
         note(str(data[-1]))
     write("skip_latency", "Target speed-ups and what is measured", data, report(data))
 

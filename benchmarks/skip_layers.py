@@ -9,17 +9,16 @@ Perplexity is per byte, KL divergence in nats per byte.
 """
 
 import argparse
-import math
-import sysconfig
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from byte_models import batch, config, texts, trained
 from harness import note, setup, table, write
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from graphopt.passes.blocks import find_stack
 from graphopt.passes.compensation import KINDS
@@ -29,60 +28,9 @@ from graphopt.passes.sublayer_removal import without_units
 
 Row = dict[str, Any]
 
-LAYERS, TOKENS, SAMPLES, STEPS = 8, 128, 32, 700
+LAYERS, WIDTH, TOKENS, SAMPLES, STEPS = 8, 256, 128, 32, 700
 REMOVED = (1, 2, 3, 4)
-HELD_OUT = 10  # every tenth file
 BATCHES = {"calibration": 4, "held out": 8}
-CONFIG = LlamaConfig(
-    vocab_size=256,
-    hidden_size=256,
-    intermediate_size=704,
-    num_hidden_layers=LAYERS,
-    num_attention_heads=4,
-    num_key_value_heads=4,
-    max_position_embeddings=TOKENS,
-    bos_token_id=None,
-    eos_token_id=None,
-)
-
-
-def texts() -> tuple[Tensor, Tensor]:
-    """Bytes to train on and bytes held out, from the modules of the standard library."""
-    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
-    parts = [torch.frombuffer(bytearray(file.read_bytes() or b"\n"), dtype=torch.uint8) for file in files]
-    seen = [part for i, part in enumerate(parts) if i % HELD_OUT]
-    return torch.cat(seen).long(), torch.cat(parts[::HELD_OUT]).long()
-
-
-def batch(text: Tensor, generator: torch.Generator) -> Tensor:
-    """Random pieces of a text, shape (SAMPLES, TOKENS)."""
-    starts = torch.randint(len(text) - TOKENS, (SAMPLES,), generator=generator)
-    return torch.stack([text[i : i + TOKENS] for i in starts.tolist()])
-
-
-def trained(text: Tensor, steps: int, cache: Path) -> LlamaForCausalLM:
-    """The model after `steps` steps of AdamW, from the cache where it is there."""
-    folder = cache / f"llama-{LAYERS}x{CONFIG.hidden_size}-{steps}"
-    if folder.exists():
-        return LlamaForCausalLM.from_pretrained(folder).eval()  # type: ignore[no-any-return]
-    torch.manual_seed(0)
-    model, generator = LlamaForCausalLM(CONFIG), torch.Generator().manual_seed(0)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1)
-    begin = time.perf_counter()
-    for step in range(steps):
-        rate = min(1, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * step / steps))
-        optimizer.param_groups[0]["lr"] = 3e-3 * max(rate, 0.02)
-        ids = batch(text, generator)
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = model(input_ids=ids, labels=ids).loss
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        if step % 20 == 0:
-            note(f"step {step}: loss {loss:.3f}, {time.perf_counter() - begin:.0f} s")
-    model.save_pretrained(folder)
-    return model.eval()  # type: ignore[no-any-return]
 
 
 def rows(
@@ -117,8 +65,7 @@ def evaluations(layers: int = 24, count: int = 6) -> tuple[int, int]:
 
     Of a small untrained model: the count does not depend on width or weights.
     """
-    config = LlamaConfig.from_dict(CONFIG.to_dict() | {"num_hidden_layers": layers, "hidden_size": 32})
-    model = LlamaForCausalLM(config).eval()
+    model = LlamaForCausalLM(config(layers, 32, TOKENS)).eval()
     ids = as_batch(torch.randint(256, (1, 32), generator=torch.Generator().manual_seed(0)), model)
     evidence = Evidence(model, find_stack(model, ids), (ids,))
     STRATEGIES["greedy"](evidence)(count)
@@ -194,10 +141,10 @@ def main() -> None:
     options = parser.parse_args()
     setup()
     seen, unseen = texts()
-    model = trained(seen, options.steps, options.cache)
+    model = trained(seen, config(LAYERS, WIDTH, TOKENS), options.steps, options.cache)
     generator = torch.Generator().manual_seed(1)
     batches = {
-        name: [batch(text, generator) for _ in range(BATCHES[name])]
+        name: [batch(text, generator, SAMPLES, TOKENS) for _ in range(BATCHES[name])]
         for name, text in (("calibration", seen), ("held out", unseen))
     }
     data = rows(model, batches, options.strategies, "layers")

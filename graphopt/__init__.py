@@ -16,12 +16,14 @@ if TYPE_CHECKING:
     from graphopt.passes.checkpoint import Checkpoint
     from graphopt.passes.overlap_comm import OverlapComm
     from graphopt.passes.patch_inference import PatchInference
+    from graphopt.passes.skip_decode import SkipDecode
     from graphopt.passes.skip_layers import SkipLayers
     from graphopt.passes.sparse_update import SparseUpdate
     from graphopt.passes.split_vocab import SplitVocab
     from graphopt.passes.stream_loss import StreamLoss
     from graphopt.program import Program
     from graphopt.report import Report
+    from graphopt.speculative import SpeculativeDecoder
     from graphopt.tracing import trace
 
 __version__ = "0.1.0"
@@ -40,8 +42,10 @@ __all__ = [
     "PlanError",
     "Program",
     "Report",
+    "SkipDecode",
     "SkipLayers",
     "SparseUpdate",
+    "SpeculativeDecoder",
     "SplitVocab",
     "StreamLoss",
     "TraceError",
@@ -73,8 +77,10 @@ _LAZY = {
     "PlanError": "graphopt.errors",
     "Program": "graphopt.program",
     "Report": "graphopt.report",
+    "SkipDecode": "graphopt.passes.skip_decode",
     "SkipLayers": "graphopt.passes.skip_layers",
     "SparseUpdate": "graphopt.passes.sparse_update",
+    "SpeculativeDecoder": "graphopt.speculative",
     "SplitVocab": "graphopt.passes.split_vocab",
     "StreamLoss": "graphopt.passes.stream_loss",
     "TraceError": "graphopt.errors",

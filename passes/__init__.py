@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from graphopt.passes.checkpoint import Checkpoint
     from graphopt.passes.overlap_comm import OverlapComm
     from graphopt.passes.patch_inference import PatchInference
+    from graphopt.passes.skip_decode import SkipDecode
     from graphopt.passes.skip_layers import SkipLayers
     from graphopt.passes.sparse_update import SparseUpdate
     from graphopt.passes.split_vocab import SplitVocab
@@ -19,6 +20,7 @@ __all__ = [
     "Checkpoint",
     "OverlapComm",
     "PatchInference",
+    "SkipDecode",
     "SkipLayers",
     "SparseUpdate",
     "SplitVocab",
@@ -30,6 +32,7 @@ _LAZY = {
     "Checkpoint": "graphopt.passes.checkpoint",
     "OverlapComm": "graphopt.passes.overlap_comm",
     "PatchInference": "graphopt.passes.patch_inference",
+    "SkipDecode": "graphopt.passes.skip_decode",
     "SkipLayers": "graphopt.passes.skip_layers",
     "SparseUpdate": "graphopt.passes.sparse_update",
     "SplitVocab": "graphopt.passes.split_vocab",

@@ -30,8 +30,13 @@ class Unit:
 def units_of(model: nn.Module, stack: Stack, granularity: str, batch: Batch) -> tuple[Unit, ...]:
     """The units of `model` in the order they run: "layers" or "sublayers"."""
     if granularity == "layers":
-        return tuple(_whole_block(stack, i) for i in range(len(stack.blocks)))
+        return whole_blocks(stack)
     return tuple(_sublayer(stack, branch) for branch in find_branches(model, stack, batch))
+
+
+def whole_blocks(stack: Stack) -> tuple[Unit, ...]:
+    """Every block as a unit."""
+    return tuple(_whole_block(stack, i) for i in range(len(stack.blocks)))
 
 
 def _whole_block(stack: Stack, position: int) -> Unit:

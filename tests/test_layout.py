@@ -32,6 +32,7 @@ MODULE_FLOORS = {
     **dict.fromkeys(["analysis", "chart", "comparison", "graph_report", "listings"], 4),
     **dict.fromkeys(["module_report", "numerics", "report_text", "timeline"], 4),
     **dict.fromkeys(["skip_command", "skip_report"], 4),
+    **dict.fromkeys(["cache_rows", "draft_length", "speculative", "speculative_rounds"], 4),
 }
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
