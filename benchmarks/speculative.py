@@ -1,6 +1,6 @@
 """Speculative decoding of a model with its own layers, beside plain generation and transformers' own.
 
-    python benchmarks/speculative.py [--layers 12] [--width 256] [--steps 400] [--prompts 200]
+    python benchmarks/speculative.py [--layers 8] [--width 256] [--steps 700] [--prompts 200]
 
 Two Llamas of the bytes of Python's library (see byte_models.py): one trained with layer dropout and the
 losses of early exits, so that its lower layers predict well, and one trained without. Prompts are pieces
@@ -223,9 +223,9 @@ def report(data: list[dict[str, Any]], prompts: int) -> str:
 def main() -> None:
     """All tables."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "graphopt")
     options = parser.parse_args()

@@ -57,7 +57,8 @@ def compare(name: str, vocabulary: int, compiler: str) -> dict[str, Any]:
         peak = peak_of(ours, batch).peak
         planned = [r for r in records(ours) if r.before.is_joint][-1]
         static = planned.costs.dataflow(planned.before).static_bytes
-        off = planned.steps[-1].plan.peak_bytes / (static + peak) - 1
+        predicted = planned.compiled_peak_bytes or planned.steps[-1].plan.peak_bytes
+        off = predicted / (static + peak) - 1
         plan = [list(head) for head in getattr(planned.steps[0].plan, "heads", ())]
         row[way] = {"peak": peak, "off": off, "loss": error, "plan": plan}
         note(f"{name} {compiler} {way}: {row[way]}")
