@@ -10,7 +10,7 @@ from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 
 from graphopt.cost_models.nodes import runs_kernel
-from graphopt.inductor_memory import staying_within
+from graphopt.inductor_memory import Half
 from graphopt.program import leaves
 
 aten = torch.ops.aten
@@ -48,12 +48,16 @@ def compile_with_inductor(
 ) -> Callable[..., Any]:
     """Inductor's compilation of `module`, with the partition of `graph`."""
 
+    copies: dict[str, int] = {}
+
     def inner(part: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Any:
         placeholders = [n for n in part.graph.nodes if n.op == "placeholder"]
         if options.get("is_inference"):
             graph.record_inference(part)
-        held = staying_within(graph.room_bytes, graph.scratch_bytes, graph.note_peak)
-        with config.patch({"_post_fusion_custom_pass": held, **_AS_PLANNED}):
+        results = part.graph.output_node().args[0]
+        returned = [n.name if getattr(n, "op", "") == "placeholder" else None for n in results]  # type: ignore[union-attr]
+        half = Half(graph.room_bytes, graph.scratch_bytes, returned, copies, graph.note_peak)
+        with config.patch({"_post_fusion_custom_pass": lambda nodes: half.fitted(nodes), **_AS_PLANNED}):
             compiled = compile_fx_inner(part, inputs, **options)
         return graph.backward_of(placeholders, compiled) if options.get("is_backward") else compiled
 

@@ -6,6 +6,7 @@ the plan has far apart; where that raises the peak above the limit, the kernel i
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -18,36 +19,51 @@ from torch.utils._ordered_set import OrderedSet
 Nodes = list[BaseSchedulerNode]
 
 
-def staying_within(
-    limit_bytes: int | None, scratch_bytes: Mapping[str, int], note_peak: Callable[[int], None]
-) -> Callable[[Nodes], Nodes]:
-    """A pass over the fused nodes of Inductor's scheduler (its `_post_fusion_custom_pass`).
+@dataclass(frozen=True)
+class Half:
+    """The forward or the backward on its way through Inductor: what its peak depends on.
 
-    It takes kernels apart until the part's peak is within the limit, as far as that helps, and notes the
-    peak: bytes of what the part is given to free, makes and returns, without parameters and inputs.
-    `scratch_bytes` are what library kernels hold while they run, by the name of their node.
+    `room_bytes` is what it may hold beside parameters and inputs, None for any amount. `scratch_bytes`
+    are what library kernels hold while they run, by the name of their node. `returned` are the inputs
+    that it returns, in the places of its results (None for others); where Inductor returns a copy in
+    another layout, it is noted in `copies`, bytes by name, and counts in the half that is given it.
     """
 
-    def within(nodes: Nodes) -> Nodes:
-        schedule = _Schedule(nodes, scratch_bytes)
-        while limit_bytes is not None and schedule.peak_bytes > limit_bytes:
+    room_bytes: int | None
+    scratch_bytes: Mapping[str, int]
+    returned: Sequence[str | None]
+    copies: dict[str, int]
+    note_peak: Callable[[int], None]
+
+    def fitted(self, nodes: Nodes) -> Nodes:
+        """The fused nodes of Inductor's scheduler (its `_post_fusion_custom_pass`), within the room.
+
+        Kernels are taken apart as far as that helps. The peak is noted: bytes of what this half is given
+        to free, makes and returns, without parameters and inputs.
+        """
+        schedule = _Schedule(nodes, self)
+        while self.room_bytes is not None and schedule.peak_bytes > self.room_bytes:
             crowd = schedule.fused_at_peak()
             if not crowd:
                 break
             parts = [p for n in schedule.nodes for p in (_parts(n) if n in crowd else [n])]
-            schedule = _Schedule(_in_order(parts), scratch_bytes)
-        note_peak(schedule.peak_bytes)
+            schedule = _Schedule(_in_order(parts), self)
+        self.note_peak(schedule.peak_bytes)
+        self._note_copies()
         return schedule.nodes
 
-    return within
+    def _note_copies(self) -> None:
+        for name, result in zip(self.returned, V.graph.graph_outputs, strict=True):
+            if name is not None and result.get_name() not in V.graph.graph_inputs:
+                self.copies[name] = _nbytes(result)
 
 
 class _Schedule:
     """Scheduler nodes in the order they will run, and the bytes that are live beside each."""
 
-    def __init__(self, nodes: Nodes, scratch_bytes: Mapping[str, int]) -> None:
+    def __init__(self, nodes: Nodes, half: Half) -> None:
         self.nodes = nodes
-        buffers = _buffers(nodes)
+        buffers = _buffers(nodes, half.copies)
         self.held = [b for b in buffers if not _stays_inside(b, nodes)]
         leaving = {b.buffer.get_name() for b in self.held}
         over = {n: o for n, o in _written_over(nodes, buffers).items() if {n, o} <= leaving}
@@ -58,7 +74,7 @@ class _Schedule:
             if held.end_step >= 0 and held.buffer.get_name() not in over.values():
                 change[held.end_step + 1] -= held.size_free
         live = accumulate(change[:-1])
-        self.live = [b + _scratch(n, scratch_bytes) for b, n in zip(live, nodes, strict=True)]
+        self.live = [b + _scratch(n, half.scratch_bytes) for b, n in zip(live, nodes, strict=True)]
 
     @property
     def peak_bytes(self) -> int:
@@ -78,15 +94,22 @@ class _Schedule:
         return {self.nodes[s] for s in steps if s >= 0 and _is_group(self.nodes[s])}
 
 
-def _buffers(nodes: Nodes) -> list[memory.BufferInfo]:
+def _buffers(nodes: Nodes, copies: Mapping[str, int]) -> list[memory.BufferInfo]:
     """Bytes and life of every buffer."""
+    ends = {read.name: step for step, n in enumerate(nodes) for read in n.read_writes.reads}
+    copied = [
+        memory.BufferInfo(memory.FreeableInputBuffer(name), nbytes, nbytes, 0, ends.get(name, 0))
+        for name, nbytes in copies.items()
+        if name in V.graph.graph_inputs
+    ]
     given = memory.get_freeable_input_buf(nodes, OrderedSet(V.graph.graph_inputs))
     if nodes:
         scheduler = nodes[0].scheduler
         memory.assign_memory_planning_info_for_scheduler_buffers(nodes, scheduler.name_to_buf)
     for name, buffer in given.items():  # Inductor counts a broadcast operand as often as it is read
         buffer.mpi_buffer.size_free = _nbytes(V.graph.graph_inputs[name])
-    return memory.compute_memory_timeline(nodes, given, OrderedSet(V.graph.get_output_names()))[0]
+    outputs = OrderedSet(V.graph.get_output_names())
+    return [*memory.compute_memory_timeline(nodes, given, outputs)[0], *copied]
 
 
 def _stays_inside(buffer: memory.BufferInfo, nodes: Nodes) -> bool:
