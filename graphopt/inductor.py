@@ -54,8 +54,8 @@ def compile_with_inductor(
         placeholders = [n for n in part.graph.nodes if n.op == "placeholder"]
         if options.get("is_inference"):
             graph.record_inference(part)
-        results = part.graph.output_node().args[0]
-        returned = [n.name if getattr(n, "op", "") == "placeholder" else None for n in results]  # type: ignore[union-attr]
+        results: Any = part.graph.output_node().args[0]
+        returned = [n.name if n in placeholders else None for n in results]
         half = Half(graph.room_bytes, graph.scratch_bytes, returned, copies, graph.note_peak)
         with config.patch({"_post_fusion_custom_pass": lambda nodes: half.fitted(nodes), **_AS_PLANNED}):
             compiled = compile_fx_inner(part, inputs, **options)
