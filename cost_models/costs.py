@@ -11,6 +11,7 @@ from graphopt.cost_models.memory import Dataflow, dataflow
 from graphopt.cost_models.nodes import NodeCost, cost_table
 from graphopt.cost_models.streamed import is_streamed, scratch_bytes
 from graphopt.cost_models.workspace import workspace_bytes
+from graphopt.ops import is_elementwise
 from graphopt.program import Program
 
 
@@ -21,7 +22,8 @@ class Costs:
     Where the program is a part of the step, `reserved_bytes` is what the other parts hold meanwhile,
     and `followed` says that parts come after it whose needs are not known yet. `fused` says that Inductor
     runs the program: it merges equal operators on equal inputs, does not always write over operands
-    that die, and gives convolutions images in the channels-last layout.
+    that die, gives convolutions images in the channels-last layout, and runs elementwise operators in
+    kernels of its own, which need no scratch.
     `probed` and `timed` say that scratch and seconds were measured here.
     """
 
@@ -60,6 +62,9 @@ class Costs:
         probes = probe(new, repeats=3 if self.timed else 0) if self.probed else {}
         last = probe(new, repeats=0, channels_last=True) if self.probed and self.fused else {}
         for node in new:
+            if self.fused and is_elementwise(node):
+                scratch[node.name] = 0
+                continue
             if self.probed and is_streamed(node):
                 scratch[node.name] = scratch_bytes(node, probed=True)
             found = probes.get(probe_key(node) or "")

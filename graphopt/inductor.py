@@ -11,6 +11,7 @@ from torch._inductor.custom_graph_pass import CustomPartitionerFn
 
 from graphopt.cost_models.nodes import runs_kernel
 from graphopt.inductor_memory import Half
+from graphopt.ops import is_elementwise
 from graphopt.program import leaves
 
 aten = torch.ops.aten
@@ -83,7 +84,7 @@ def keep_places(part: fx.GraphModule) -> None:
     place = {n: i for i, n in enumerate(n for n in part.graph.nodes if runs_kernel(n))}
     last = _last_reads(part.graph)
     for node, here in place.items():
-        if _is_elementwise(node) and last.get(node, 0) > here + 1:
+        if is_elementwise(node) and last.get(node, 0) > here + 1:
             operands = dict.fromkeys(map(_owner, node.all_input_nodes))
             dying = (n for n in operands if last[n] == here and not n.name.startswith("primals"))
             if sum(map(_nbytes, dying)) > _nbytes(node):
@@ -124,11 +125,6 @@ def _owner(node: fx.Node) -> fx.Node:
 
 def _nbytes(node: fx.Node) -> int:
     return sum(leaf.nbytes for leaf in leaves(node))
-
-
-def _is_elementwise(node: fx.Node) -> bool:
-    target = node.target
-    return isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
 
 
 class _Partitioner(CustomPartitionerFn):

@@ -208,6 +208,11 @@ def is_movable(node: fx.Node) -> bool:
     return node.target.namespace in known and not schema.is_mutable and bool(schema.returns)
 
 
+def is_elementwise(node: fx.Node) -> bool:
+    """True where every element of the result is made of the elements at its place."""
+    return torch.Tag.pointwise in getattr(node.target, "tags", ())
+
+
 def may_recompute(node: fx.Node) -> bool:
     """True where running `node` again on the same inputs gives the same outputs and changes nothing.
 

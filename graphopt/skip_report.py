@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from graphopt.passes.blocks import Batch, evaluation
-from graphopt.passes.layer_times import LayerTimes, measure_units, step_seconds
+from graphopt.passes.layer_times import LayerTimes, compare_steps, measure_units
 from graphopt.passes.layer_trials import Quality
 from graphopt.passes.skip_plan import SkipPlan, quality_text
 from graphopt.passes.skip_strategies import Evidence
@@ -33,7 +33,8 @@ class UnitRow:
 class PhaseRow:
     """The time of a step of one phase, which handles `tokens` tokens, or images.
 
-    `predicted_seconds` and `seconds` are of the short model.
+    `predicted_seconds` and `seconds` are of the short model; `speedup` is how many times as fast it is,
+    the median of steps in turns.
     """
 
     phase: str
@@ -41,11 +42,7 @@ class PhaseRow:
     whole_seconds: float
     predicted_seconds: float
     seconds: float
-
-    @property
-    def speedup(self) -> float:
-        """How many times as fast, as measured."""
-        return self.whole_seconds / self.seconds
+    speedup: float
 
 
 @dataclass(frozen=True)
@@ -146,10 +143,16 @@ def _unit_row(
 
 
 def _phase_row(
-    phase: str, times: LayerTimes, models: tuple[nn.Module, ...], batch: Batch, removed: frozenset[int]
+    phase: str,
+    times: LayerTimes,
+    models: tuple[nn.Module, nn.Module],
+    batch: Batch,
+    removed: frozenset[int],
 ) -> PhaseRow:
-    whole, seconds = step_seconds(models, batch, phase)
-    predicted = whole * times.seconds(removed) / times.seconds()  # without the clocks between layers
+    found = compare_steps(*models, batch, phase)
+    predicted = (
+        found.whole_seconds * times.seconds(removed) / times.seconds()
+    )  # without the clocks between layers
     given: Any = next(iter(batch.values() if isinstance(batch, Mapping) else batch))
     tokens = given.numel() if phase == "prefill" and given.ndim == 2 else len(given)
-    return PhaseRow(phase, tokens, whole, predicted, seconds)
+    return PhaseRow(phase, tokens, found.whole_seconds, predicted, found.seconds, found.speedup)

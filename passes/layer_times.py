@@ -2,6 +2,8 @@
 
 import contextlib
 import copy
+import itertools
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ from graphopt.passes.skip_units import Unit
 
 PHASES = ("prefill", "decode")
 LEAST_RUNS, MOST_RUNS, SECONDS = 9, 200, 1.0  # timed steps: as many as fit into this time
+PRECISION, PATIENCE = 0.02, 5  # of a ratio of steps, relative; so many times as long may it take
 
 
 @dataclass(frozen=True)
@@ -47,9 +50,10 @@ class LayerTimes:
 
 
 Step = Callable[[], object]
+Prepare = Callable[[], Step]
 
 
-def phase_step(model: nn.Module, batch: Batch, phase: str) -> Callable[[], Step]:
+def phase_step(model: nn.Module, batch: Batch, phase: str) -> Prepare:
     """Makes steps to time: the model on `batch` ("prefill"), or on one more token of it ("decode").
 
     Each step of decoding has its own copy of the cache, so that all are of one length.
@@ -103,14 +107,65 @@ def measure_units(model: nn.Module, units: Sequence[Unit], batch: Batch, phase: 
     return LayerTimes(rest, tuple(found))
 
 
-def step_seconds(models: Sequence[nn.Module], batch: Batch, phase: str) -> tuple[float, ...]:
-    """The median time of a step of each of `models`, which take turns."""
-    device = next(models[0].parameters()).device
-    with contextlib.ExitStack() as modes:
-        for model in models:
-            modes.enter_context(evaluation(model))
-        steps = [phase_step(model, batch, phase) for model in models]
-        return _medians(lambda: tuple(_seconds(step, device) for step in steps))
+@dataclass(frozen=True)
+class Comparison:
+    """Steps of a whole and of a short model that took turns.
+
+    Seconds are medians. `speedup` is the median ratio of two neighbours, which a load that comes and
+    goes changes less than each of them; it is in `speedup_range` with 95 % confidence.
+    """
+
+    whole_seconds: float
+    seconds: float
+    speedup: float
+    speedup_range: tuple[float, float]
+    rounds: int
+
+
+def compare_steps(whole: nn.Module, short: nn.Module, batch: Batch, phase: str) -> Comparison:
+    """Time steps of two models in turns: the more of them, the more their ratio differs."""
+    with evaluation(whole), evaluation(short):
+        steps = phase_step(whole, batch, phase), phase_step(short, batch, phase)
+        return _turns(steps, next(whole.parameters()).device)
+
+
+def _turns(steps: tuple[Prepare, Prepare], device: torch.device) -> Comparison:
+    """Rounds of both steps, each round in the other order than the one before."""
+    rows: list[tuple[float, float]] = []
+    begin = time.perf_counter()
+    for number in itertools.count():
+        order = (0, 1) if number % 2 == 0 else (1, 0)
+        found = {at: _seconds(steps[at], device) for at in order}
+        if number == 0:
+            continue  # to warm up
+        rows.append((found[0], found[1]))
+        if len(rows) >= LEAST_RUNS and _enough(rows, time.perf_counter() - begin):
+            break
+    ratios = [whole / short for whole, short in rows]
+    whole_seconds, seconds = (median(column) for column in zip(*rows, strict=True))
+    return Comparison(whole_seconds, seconds, median(ratios), median_range(ratios), len(rows))
+
+
+def _enough(rows: Sequence[tuple[float, float]], seconds: float) -> bool:
+    """Whether so many rounds are enough after so long: it may take longer where they differ."""
+    if len(rows) < MOST_RUNS and seconds < SECONDS:
+        return False
+    low, high = median_range([whole / short for whole, short in rows])
+    return high - low <= PRECISION * (high + low) / 2 or seconds >= PATIENCE * SECONDS
+
+
+def median_range(values: Sequence[float]) -> tuple[float, float]:
+    """Where the median of what `values` are drawn from is, with 95 % confidence.
+
+    The order statistics at n/2 ± 1.96 √n/2, by the normal approximation of the binomial distribution
+    of how many values are below the median.
+
+    >>> median_range(range(101))
+    (40, 60)
+    """
+    ordered, half = sorted(values), 0.98 * math.sqrt(len(values))
+    low, high = math.floor(len(values) / 2 - half), math.ceil(len(values) / 2 + half) - 1
+    return ordered[max(0, low)], ordered[min(len(ordered) - 1, high)]
 
 
 def _medians(measured: Callable[[], tuple[float, ...]]) -> tuple[float, ...]:
@@ -123,7 +178,7 @@ def _medians(measured: Callable[[], tuple[float, ...]]) -> tuple[float, ...]:
     return tuple(median(column) for column in zip(*rows, strict=True))
 
 
-def _seconds(prepare: Callable[[], Step], device: torch.device) -> float:
+def _seconds(prepare: Prepare, device: torch.device) -> float:
     step = prepare()
     begin = _now(device)
     step()

@@ -9,12 +9,12 @@ from torch import nn
 from graphopt.errors import PlanError
 from graphopt.passes.blocks import find_stack
 from graphopt.passes.compensation import KINDS
-from graphopt.passes.layer_times import PHASES, measure_units, step_seconds
+from graphopt.passes.layer_times import PHASES, compare_steps, measure_units
 from graphopt.passes.layer_trials import Quality
 from graphopt.passes.made_up_inputs import as_batch, knows_inputs, made_up_batch
 from graphopt.passes.module_pass import ModulePass
 from graphopt.passes.removal_checks import check_function, check_generation, check_rebuild
-from graphopt.passes.skip_plan import SkipMeasurement, SkipPlan
+from graphopt.passes.skip_plan import SkipMeasurement, SkipPlan, speedup_text
 from graphopt.passes.skip_strategies import (
     POSITION_ONLY,
     STRATEGIES,
@@ -180,9 +180,9 @@ class SkipLayers(ModulePass):
             if predicted < enough:
                 continue
             short = without_units(evidence.model, evidence.stack, evidence.units, removed, share=True)
-            whole, seconds = step_seconds((evidence.model, short), batch, self.phase)
-            best = max(best, whole / seconds)
-            if whole / seconds >= target * (1 - TOLERANCE / 2):
+            speedup = compare_steps(evidence.model, short, batch, self.phase).speedup
+            best = max(best, speedup)
+            if speedup >= target * (1 - TOLERANCE / 2):
                 return removed, predicted
         best = max(best, times.greatest_speedup)
         raise PlanError(
@@ -228,13 +228,15 @@ class SkipLayers(ModulePass):
                 raise PlanError(f"{excess} with compensation={self.compensation!r}")
         if self.target_speedup is None:
             return SkipMeasurement(left, whole_size, quality)
-        whole, seconds = step_seconds((model, changed), evidence.batches[0], self.phase)
-        if whole / seconds < self.target_speedup * (1 - TOLERANCE):
+        found = compare_steps(model, changed, evidence.batches[0], self.phase)
+        if found.speedup < self.target_speedup * (1 - TOLERANCE):
             raise PlanError(
-                f"target_speedup={self.target_speedup}: the result is {whole / seconds:.2f} times as "
-                f"fast, predicted were {plan.speedup or 1.0:.2f}"
+                f"target_speedup={self.target_speedup}: the result is "
+                f"{speedup_text(found.speedup, found.speedup_range)} in {found.rounds} rounds, "
+                f"predicted were {plan.speedup or 1.0:.2f}"
             )
-        return SkipMeasurement(left, whole_size, quality, seconds, whole)
+        times = found.seconds, found.whole_seconds, found.speedup, found.speedup_range
+        return SkipMeasurement(left, whole_size, quality, *times)
 
     def _evidence(self, model: nn.Module, granularity: str | None = None) -> Evidence:
         if not isinstance(model, nn.Module):

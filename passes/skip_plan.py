@@ -76,7 +76,8 @@ class SkipPlan(Plan):
 class SkipMeasurement:
     """What was measured of the shortened model; None where there was nothing to measure it on.
 
-    `seconds` are of a step of the shortened model, `whole_seconds` of the whole one.
+    `seconds` are of a step of the shortened model, `whole_seconds` of the whole one; `speedup` is the
+    median ratio of steps in turns, in `speedup_range` with 95 % confidence.
     """
 
     parameters: int
@@ -84,20 +85,15 @@ class SkipMeasurement:
     quality: Quality | None = None
     seconds: float | None = None
     whole_seconds: float | None = None
-
-    @property
-    def speedup(self) -> float | None:
-        """How many times as fast a step is."""
-        if self.seconds is None or self.whole_seconds is None:
-            return None
-        return self.whole_seconds / self.seconds
+    speedup: float | None = None
+    speedup_range: tuple[float, float] | None = None
 
     def __str__(self) -> str:
         figures = [f"{self.parameters} of {self.whole_parameters} parameters"]
         if (q := self.quality) is not None:
             figures += quality_text(q.kl, q.top1, q.perplexity, q.whole_perplexity)
-        if self.speedup is not None:
-            figures.append(f"{self.speedup:.2f} times as fast")
+        if self.speedup is not None and self.speedup_range is not None:
+            figures.append(speedup_text(self.speedup, self.speedup_range))
         return f"  measured   {', '.join(figures)}"
 
 
@@ -115,3 +111,12 @@ def quality_text(
     if perplexity is not None and whole is not None:
         found.append(f"perplexity {perplexity:.4g} (whole {whole:.4g})")
     return found
+
+
+def speedup_text(speedup: float, bounds: tuple[float, float]) -> str:
+    """The ratio and its range.
+
+    >>> speedup_text(1.5, (1.48, 1.52))
+    '1.50 (1.48 to 1.52) times as fast'
+    """
+    return f"{speedup:.2f} ({bounds[0]:.2f} to {bounds[1]:.2f}) times as fast"

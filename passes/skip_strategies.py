@@ -25,11 +25,15 @@ from graphopt.passes.skip_units import Unit, empty_blocks, units_of
 from graphopt.passes.sublayer_removal import empty_cache, without_units
 
 Removed = frozenset[int]
+Ranking = list[tuple[Removed, float]]  # sets and their losses, the least first
 Strategy = Callable[[int], Removed]  # the blocks to remove, given how many
 
 EXACT_TRIALS = 2000  # sets of blocks that "exact" tries at most
 CANDIDATES = 6  # units of least score that a step of "greedy" tries
 FINALISTS = 6  # of these, how many are compared after compensation
+BEAM = 3  # sets of each size that "greedy" continues
+BEAM_SHARE, SWAP_SHARE = 0.25, 0.3  # of the naive number of layer runs: what it has to stay below
+FREE_RUNS = 500  # of layers on a batch, that need no such share
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,11 +195,13 @@ class Greedy:
     """Removes, one at a time, the unit whose absence costs the least KL divergence; then swaps.
 
     As SLEB (Song et al., arXiv 2402.09025), and BlockPruner (Zhong et al., arXiv 2406.10594) where the
-    units are sublayers, with four changes: of each step only the `CANDIDATES` of least score are tried;
-    a trial starts from the states of the current model in front of what it removes; where the loss is
-    another than the divergence, as after compensation, the `FINALISTS` of least divergence are
-    compared by it; and at the end a removed unit returns for another candidate of the last step as
-    long as that lowers the loss. The result is not always the best of all sets, which "exact" finds.
+    units are sublayers, with five changes: of each step only the `CANDIDATES` of least score are tried;
+    a trial starts from the states of the current model in front of what it removes; the `BEAM` best
+    sets of a step are continued, not only the best; where the loss is another than the divergence, as
+    after compensation, the `FINALISTS` of least divergence are compared by it; and at the end a removed
+    unit returns for another one as long as that lowers the loss. Sets beside the best, and swaps, are
+    tried only within the shares `BEAM_SHARE` and `SWAP_SHARE` of the naive number of layer runs
+    (`naive_runs`), or `FREE_RUNS`. The result is not always the best of all sets, which "exact" finds.
     """
 
     def __init__(
@@ -207,70 +213,102 @@ class Greedy:
     ) -> None:
         self.trials, self.loss, self.possible = trials, loss, possible
         self.order = sorted(range(len(scores)), key=lambda i: (scores[i], i))
-        self.path: list[Removed] = [frozenset()]
-        self.scores: dict[int, float] = {}  # of the last step: KL by removed unit
+        self.path: list[Ranking] = [[(frozenset(), 0.0)]]  # of each size the best sets
+        self.scores: dict[int, float] = {}  # of the last step: the least KL of a set, by its units
+        self.runs = 0  # of layers, so far
 
     def __call__(self, count: int) -> Removed:
         """The units to remove; from a smaller count to a greater one the search goes on."""
         while len(self.path) <= count:
             self.path.append(self._grown(self.path[-1]))
-        self.path[count] = self._refined(self.path[count])
-        return self.path[count]
+        best = self._refined(*self.path[count][0])
+        others = (other for other in self.path[count] if other[0] != best[0])
+        self.path[count] = [best, *others][:BEAM]
+        return best[0]
 
-    def _grown(self, removed: Removed) -> Removed:
-        """One more unit removed."""
-        left = [i for i in self.order if i not in removed]
-        candidates = left[: max(CANDIDATES, len(self.order) // 4)]
-        candidates.sort(key=lambda i: self.scores.get(i, math.inf))  # likely ones bound the others
-        states = self.trials.states_without(removed)
-        found = self._shortlist(((removed | {i}, i) for i in candidates), states, math.inf)
-        if not found:
-            raise PlanError(f"no more than {len(removed)} sublayers can go: an attention has to stay")
-        self.scores = {next(iter(trial - removed)): kl for trial, kl in found.items()}
-        return self._best(found)[0]
-
-    def _refined(self, removed: Removed) -> Removed:
-        """Swapped, as long as a swap lowers the loss."""
-        best = self.trials.kl(removed) if self.loss is None else self.loss(removed)
-        while True:
-            swapped, loss = self._best_swap(removed, best)
-            if loss >= best:
-                return removed
-            removed, best = swapped, loss
-
-    def _best_swap(self, removed: Removed, best: float) -> tuple[Removed, float]:
-        states = self.trials.states_without(removed)
-        others = sorted(set(self.scores) - removed, key=lambda i: self.scores[i])
-        pairs = itertools.product(sorted(removed), others)
-        swaps = ((removed - {back} | {gone}, min(back, gone)) for back, gone in pairs)
-        found = self._shortlist(swaps, states, best if self.loss is None else math.inf)
-        return self._best(found) if found else (removed, best)
-
-    def _shortlist(
-        self, trials: Iterable[tuple[Removed, int]], states: States, bound: float
-    ) -> dict[Removed, float]:
-        """The divergence of each trial; that of those which are not among the best is a lower bound.
-
-        A trial is a set and its first unit that `states` are not of.
-        """
+    def _grown(self, sets: Ranking) -> Ranking:
+        """The best sets with one unit more."""
         found: dict[Removed, float] = {}
-        enough = 1 if self.loss is None else FINALISTS
-        for removed, first in trials:
-            if not self.possible(removed):
-                continue
-            found[removed] = self.trials.kl(removed, (self.trials.units[first].block, states), bound)
-            if len(found) >= enough:
-                bound = min(bound, sorted(found.values())[enough - 1])
-        return found
+        limit = math.inf
+        for removed, _ in sets:
+            left = [i for i in self.order if i not in removed]
+            candidates = left[: max(CANDIDATES, len(self.order) // 4)]
+            candidates.sort(key=lambda i: self.scores.get(i, math.inf))  # likely ones bound the others
+            self._try(removed, [(removed | {i}, i) for i in candidates], limit, found)
+            limit = self._limit(len(removed) + 1, BEAM_SHARE)
+        if not found:
+            raise PlanError(f"no more than {len(sets[0][0])} sublayers can go: an attention has to stay")
+        units = frozenset[int]().union(*found)
+        self.scores = {i: min(kl for trial, kl in found.items() if i in trial) for i in units}
+        return self._ranking(found)[:BEAM]
 
-    def _best(self, found: dict[Removed, float]) -> tuple[Removed, float]:
-        """The trial of least loss, and its loss."""
-        ranked = sorted(found, key=lambda removed: (found[removed], sorted(removed)))
+    def _refined(self, removed: Removed, loss: float) -> tuple[Removed, float]:
+        """Swapped, as long as a swap lowers the loss."""
+        limit = self._limit(len(removed), SWAP_SHARE)
+        while True:
+            others = sorted(set(self.order) - removed, key=lambda i: (self.scores.get(i, math.inf), i))
+            pairs = itertools.product(others, sorted(removed, reverse=True))
+            swaps = [(removed - {back} | {gone}, min(back, gone)) for gone, back in pairs]
+            found = {} if self.loss is not None else {removed: loss}  # others stop above it
+            self._try(removed, swaps, limit, found)
+            best = self._ranking(found)[:1]
+            if not best or best[0][1] >= loss:
+                return removed, loss
+            ((removed, loss),) = best
+
+    def _try(
+        self,
+        base: Removed,
+        trials: Iterable[tuple[Removed, int]],
+        limit: float,
+        found: dict[Removed, float],
+    ) -> None:
+        """Add the divergence of each trial to `found`, as long as the layer runs stay within `limit`;
+        that of those which are not among the best is a lower bound.
+
+        A trial is a set, and its first unit that makes it another than `base`.
+        """
+        if self._cost(0) > limit:
+            return
+        begin = self.trials.layer_runs - self.runs
+        states = self.trials.states_without(base)
+        enough = BEAM if self.loss is None else FINALISTS
+        for removed, first in trials:
+            self.runs = self.trials.layer_runs - begin
+            block = self.trials.units[first].block
+            if removed in found or self._cost(block) > limit or not self.possible(removed):
+                continue
+            bound = sorted(found.values())[enough - 1] if len(found) >= enough else math.inf
+            found[removed] = self.trials.kl(removed, (block, states), bound)
+        self.runs = self.trials.layer_runs - begin
+
+    def _cost(self, block: int) -> int:
+        """The layer runs with one trial more, from `block` on."""
+        return self.runs + len(self.trials.batches) * (len(self.trials.stack.blocks) - block)
+
+    def _limit(self, count: int, share: float) -> float:
+        """The layer runs that removing `count` units may cost."""
+        naive = naive_runs(len(self.order), len(self.trials.stack.blocks), count)
+        return len(self.trials.batches) * max(FREE_RUNS, share * naive)
+
+    def _ranking(self, found: dict[Removed, float]) -> Ranking:
+        """The trials of least loss, and their losses, the best first."""
+        ranked = sorted(found.items(), key=lambda trial: (trial[1], sorted(trial[0])))
         if self.loss is None:
-            return ranked[0], found[ranked[0]]
-        losses = {removed: self.loss(removed) for removed in ranked[:FINALISTS]}
-        best = min(losses, key=lambda removed: losses[removed])
-        return best, losses[best]
+            return ranked
+        losses = {removed: self.loss(removed) for removed, _ in ranked[:FINALISTS]}
+        return sorted(losses.items(), key=lambda trial: trial[1])
+
+
+def naive_runs(units: int, blocks: int, count: int) -> int:
+    """How often a batch runs a block where each step tries all units that are left, from the start.
+
+    Of sublayers, each is taken for its share of a block.
+
+    >>> naive_runs(24, 24, 6)
+    2662
+    """
+    return sum((units - k) * (units - k - 1) for k in range(count)) * blocks // units
 
 
 def _greedy(evidence: Evidence) -> Strategy:

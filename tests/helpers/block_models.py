@@ -77,9 +77,9 @@ FAMILIES: dict[str, Callable[[int], nn.Module]] = {
 }
 
 
-def block_model(family: str, blocks: int = 8, scale: float = 8.0) -> Any:
+def block_model(family: str, blocks: int = 8, scale: float = 8.0, seed: int = 0) -> Any:
     """A model whose blocks do something: their initial weights are multiplied by `scale`."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = FAMILIES[family](blocks).eval()
     with torch.no_grad():
         for weight in model.parameters():

@@ -2,20 +2,17 @@
 
 import itertools
 import math
-import time
 from typing import Any
 
 import pytest
 import torch
 from block_models import block_model, token_batches
-from torch import nn
 
 import graphopt
 from graphopt import PlanError, SkipLayers
-from graphopt.passes import layer_times
+from graphopt.passes import skip_strategies
 from graphopt.passes.blocks import find_stack
 from graphopt.passes.compensation import block_calls, least_squares, residual_projection, scale_of
-from graphopt.passes.layer_times import LayerTimes
 from graphopt.passes.layer_trials import LayerTrials
 from graphopt.passes.made_up_inputs import as_batch, made_up_batch
 from graphopt.passes.skip_strategies import (
@@ -24,6 +21,7 @@ from graphopt.passes.skip_strategies import (
     Greedy,
     angular_distances,
     block_influence,
+    naive_runs,
     unified_kept,
     unified_published_kept,
 )
@@ -90,30 +88,54 @@ def test_exact_tries_all() -> None:
     assert STRATEGIES["exact"](e)(2) == min(sets, key=e.trials.kl)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])
-def test_greedy_finds_the_best_of_all(family: str) -> None:
-    e = evidence(block_model(family, 8), token_batches(3))
-    for count in (1, 2, 3):
-        assert STRATEGIES["greedy"](e)(count) == STRATEGIES["exact"](e)(count)
+def random_evidence(family: str, blocks: int, seed: int, batches: int = 2) -> Evidence:
+    """Of a model and texts that are drawn with `seed`."""
+    return evidence(block_model(family, blocks, seed=seed), token_batches(batches, seed=seed))
+
+
+def test_greedy_finds_the_best_of_all() -> None:
+    """In all of these random models but one, where it is less than a tenth above."""
+    excess = []
+    for family, seed in itertools.product(("llama", "gpt2", "opt"), range(3)):
+        e = random_evidence(family, 8, seed)
+        for count in (2, 3):
+            found, best = (e.trials.kl(STRATEGIES[name](e)(count)) for name in ("greedy", "exact"))
+            excess.append(found / best - 1)
+    assert min(excess) >= -1e-6 and max(excess) < 0.1
+    assert sum(value > 1e-6 for value in excess) <= 1
+
+
+def test_the_beam_finds_what_one_set_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    e = evidence(block_model("gpt2", 8), token_batches(2))  # the best of all is two swaps away
+    best = STRATEGIES["exact"](e)(3)
+    assert STRATEGIES["greedy"](e)(3) == best
+    monkeypatch.setattr(skip_strategies, "BEAM", 1)
+    assert STRATEGIES["greedy"](e)(3) != best
 
 
 def test_no_swap_improves_on_greedy() -> None:
-    e = evidence(block_model("gpt2", 8), token_batches(2))  # the best of all is two swaps away
+    e = random_evidence("gpt2", 7, 5)
     found = STRATEGIES["greedy"](e)(3)
     least = e.trials.kl(found)
-    for back, gone in itertools.product(found, set(range(8)) - found):
-        assert e.trials.kl(found - {back} | {gone}) >= least
+    for back, gone in itertools.product(found, set(range(7)) - found):
+        assert e.trials.kl(found - {back} | {gone}) >= least * (1 - 1e-6)
 
 
-def test_greedy_runs_few_layers() -> None:
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("scale", [1.0, 8.0])
+def test_greedy_runs_few_layers(family: str, scale: float) -> None:
+    """Less than a third of what trying all at every step runs, whatever the blocks are worth."""
     layers, count = 24, 6
     batches = token_batches(2, samples=1)
-    e = evidence(block_model("llama", layers), batches)
+    e = evidence(block_model(family, layers, scale), batches)
     trials = LayerTrials(e.model, e.stack, e.batches, e.units)
-    begin = trials.layer_runs
-    Greedy(trials, e.influence)(count)
-    naive = len(batches) * sum((layers - k) * (layers - k - 1) for k in range(count))
-    assert trials.layer_runs - begin < naive / 3
+    search = Greedy(trials, e.influence)
+    search(count)
+    naive = sum((layers - k) * (layers - k - 1) for k in range(count))
+    assert naive_runs(layers, layers, count) == naive == 2662
+    assert trials.layer_runs == search.runs + layers * len(batches)  # and the whole run
+    assert trials.layer_runs < len(batches) * naive / 3
+    assert search.runs > len(batches) * naive / 10  # it is counted
 
 
 def test_published_scores() -> None:
@@ -272,61 +294,3 @@ def test_projection_before_the_residual_sum() -> None:
         SkipLayers(keep=[0, 2], compensation="linear", calibration=token_batches(1)).apply(
             block_model("gemma3", 3), SkipLayers(keep=[0, 2]).plan(block_model("gemma3", 3))
         )
-
-
-class Slow(nn.Module):
-    """Blocks that take 10 ms each, in a model that takes 20 ms besides."""
-
-    def __init__(self, blocks: int = 6) -> None:
-        super().__init__()
-        self.parts = nn.ModuleList(Wait() for _ in range(blocks))
-        self.head = nn.Linear(6, 3)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        time.sleep(0.02)
-        for part in self.parts:
-            x = part(x)
-        return self.head(x)  # type: ignore[no-any-return]
-
-
-class Wait(nn.Module):
-    """A residual block that sleeps."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(6, 6)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        time.sleep(0.01)
-        return x + torch.tanh(self.linear(x))
-
-
-def test_a_target_speedup(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layer_times, "SECONDS", 0.0)  # as few runs as there may be
-    pass_ = SkipLayers(target_speedup=1.45, strategy="block_influence", calibration=[torch.randn(4, 6)])
-    short = graphopt.optimize(Slow(), passes=[pass_])
-    plan, measured = short.report.steps[0].plan, short.report.steps[0].measured
-    assert len(plan.kept) == 3  # 80 ms / 50 ms = 1.6, and 80 / 60 = 1.33
-    assert plan.speedup == pytest.approx(1.6, rel=0.15)
-    assert measured.speedup >= 1.45 * 0.95
-    with pytest.raises(PlanError, match=r"target_speedup=4.0: at most 2.\d+ is reachable \(prefill\)"):
-        graphopt.optimize(Slow(), passes=[SkipLayers(target_speedup=4.0, calibration=[torch.ones(1, 6)])])
-    with pytest.raises(PlanError, match="phase='decode' needs a model that generates, not Slow"):
-        SkipLayers(target_speedup=1.1, phase="decode", calibration=[torch.ones(1, 6)]).plan(Slow())
-
-
-def test_the_time_of_one_more_token() -> None:
-    pass_ = SkipLayers(target_speedup=1.05, phase="decode", calibration=token_batches(1))
-    try:
-        plan = pass_.plan(block_model("llama", 8))
-    except PlanError as error:  # other work on these cores
-        assert "is reachable (decode)" in str(error)
-    else:
-        assert plan.speedup is not None and plan.speedup >= 1.05
-
-
-def test_layer_times() -> None:
-    times = LayerTimes(2.0, (1.0, 3.0, 2.0))
-    assert times.seconds() == 8 and times.seconds(frozenset({0, 1})) == 4
-    assert times.greatest_speedup == pytest.approx(8 / 3)
-    assert [times.speedup_bound(n) for n in (0, 1, 2)] == pytest.approx([1, 8 / 5, 8 / 3])
