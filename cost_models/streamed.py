@@ -25,7 +25,7 @@ from graphopt.cost_models.flops import node_flops
 from graphopt.cost_models.measured import probe, probe_key
 from graphopt.cost_models.nodes import NodeCost, read_bytes, write_bytes
 from graphopt.cost_models.values import hint, operands, shape_of
-from graphopt.stream_ops import BODY_OF, COMMON, ops
+from graphopt.stream_ops import BODY_OF, COMMON, DROP, EXPECTED, ops
 
 aten = torch.ops.aten
 
@@ -38,6 +38,7 @@ _PASSES = {
     ops.streamed_attention.default: 5,
     ops.streamed_attention_gradient.default: 0,
 }
+_EXPECTED_PASSES = 3  # a copy of the logits, and their products with the exponentials
 _EXPONENTIAL_OPS = {"cpu": 40, "cuda": 20}
 _KERNELS_PER_BLOCK = 15
 # The part of the memory rate at which a block's products read its operands and sums again, which they do
@@ -76,7 +77,7 @@ def _spec(value: Any) -> Any:
 def _scratch(target: Any, probed: bool, *arguments: Any) -> int:
     with _disable_current_modes(), FakeTensorMode(), torch.no_grad():
         made = [_made(a) for a in arguments]
-        kept = torch.arange(made[0].shape[0], device=made[0].device) if made[COMMON - 1] else None
+        kept = torch.arange(made[0].shape[0], device=made[0].device) if made[DROP] else None
         with _Counter(kept, probed) as counter:
             result = BODY_OF[target](kept, *made)
     outputs = sum(_nbytes(t) for t in pytree.tree_leaves(result))
@@ -157,7 +158,8 @@ def streamed_cost(node: fx.Node, device: Device) -> NodeCost:
     flops, read, written = node_flops(node), read_bytes(node), write_bytes(node)
     target: Any = node.target
     blocks, again = _again_bytes(target, arguments, n, d, v)
-    tile = n * v * _PASSES[target]
+    passes = _PASSES[target]
+    tile = n * v * (passes + _EXPECTED_PASSES if passes and arguments[EXPECTED] else passes)
     exponentials = n * v * _EXPONENTIAL_OPS[device.kind] if tile else 0
     moved = read + written + (tile * 4 if tile else n * d * 16)
     rows, tile_bytes = _tile(target, arguments, n, v)

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from graphopt.errors import GraphoptError
 from graphopt.streamed import Head
+from graphopt.vocab_dtensor import Layout, layout_of
 from graphopt.vocab_exchange import SplitSizes, Way
 from graphopt.vocab_loss import LossOptions
 from graphopt.vocab_parallel import (
@@ -31,10 +32,14 @@ _plainly = torch._C.DisableTorchFunctionSubclass
 
 
 class SplitWeight(Tensor):
-    """The rows (V_i, ..) of the words of `shard`; `choose` says how a loss onto it runs."""
+    """The rows (V_i, ..) of the words of `shard`; `choose` says how a loss onto it runs.
+
+    `origin` is the layout of the DTensor that it was made of, None for another tensor.
+    """
 
     shard: Shard
     choose: Chooser
+    origin: Layout | None
 
     @classmethod
     def __torch_function__(
@@ -49,20 +54,21 @@ class SplitWeight(Tensor):
 
 
 def split_weight(rows: Tensor, shard: Shard, choose: Chooser, like: Tensor) -> torch.nn.Parameter:
-    """The parameter of this rank's `rows`, trained where `like` is."""
-    made: Any = _weight(rows, shard, choose).requires_grad_(like.requires_grad)
+    """The parameter of this rank's `rows`, trained where `like` is, and of the layout of that."""
+    origin = like.origin if isinstance(like, SplitWeight) else layout_of(like)
+    made: Any = _weight(rows, shard, choose, origin).requires_grad_(like.requires_grad)
     made._is_param = True  # as `nn.Parameter` marks tensors of other classes
     return made  # type: ignore[no-any-return]
 
 
-def _weight(rows: Tensor, shard: Shard, choose: Chooser) -> SplitWeight:
+def _weight(rows: Tensor, shard: Shard, choose: Chooser, origin: Layout | None) -> SplitWeight:
     made: SplitWeight = torch.Tensor._make_subclass(SplitWeight, rows)
-    made.shard, made.choose = shard, choose
+    made.shard, made.choose, made.origin = shard, choose, origin
     return made
 
 
 def _detached(weight: SplitWeight) -> SplitWeight:
-    return _weight(weight.detach(), weight.shard, weight.choose)
+    return _weight(weight.detach(), weight.shard, weight.choose, weight.origin)
 
 
 def _copied(weight: SplitWeight, memo: dict[int, Any]) -> Any:

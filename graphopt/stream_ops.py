@@ -1,8 +1,9 @@
 """The streamed losses as operators of a graph: `torch.ops.graphopt.streamed_*`.
 
 The common arguments are `x` (N, D), `weight` (V, D), `bias` (V,), `targets` (N,), `mix` (1 or N, V), the
-numbers of `Head`, whether sums of logits are `summed`, the `ignore` index, and whether rows with that
-target are left out first (`drop`): their numbers and gradients are then zero. `rows` and `columns`
+numbers of `Head`, whether sums of logits are `summed`, the `ignore` index, whether rows with that
+target are left out first (`drop`): their numbers and gradients are then zero, and whether the logits'
+`expected` values under the softmax are asked for. `rows` and `columns`
 are the sizes of blocks. As in eager mode, other targets outside of [0, V) raise IndexError on a CPU, and
 fail an assertion on another device.
 """
@@ -20,13 +21,13 @@ from graphopt.streamed import Coefficients, Head, Operands
 
 _COMMON = (
     "Tensor x, Tensor weight, Tensor? bias, Tensor? targets, Tensor? mix, float inner, float cap, "
-    "bool summed, int ignore, bool drop"
+    "bool summed, int ignore, bool drop, bool expected"
 )
 _BY = "Tensor? p, Tensor? hot, Tensor? one, Tensor? mixed"
-_NUMBERS = "Tensor lse, Tensor picked, Tensor total, Tensor dot"
+_NUMBERS = "Tensor lse, Tensor picked, Tensor total, Tensor dot, Tensor expected"
 _SCHEMAS = {
     "streamed_statistics": f"({_COMMON}, int columns) -> ({_NUMBERS})",
-    "streamed_gradients": f"({_COMMON}, Tensor lse, {_BY}, int columns, bool[3] wanted) "
+    "streamed_gradients": f"({_COMMON}, Tensor lse, {_BY}, Tensor? pz, int columns, bool[3] wanted) "
     "-> (Tensor dx, Tensor dweight, Tensor dbias)",
     "streamed_sweep": f"({_COMMON}, {_BY}, Tensor? p_per_lse, int rows, bool[3] wanted) "
     f"-> ({_NUMBERS}, Tensor dx, Tensor dweight, Tensor dbias)",
@@ -36,7 +37,9 @@ _SCHEMAS = {
     "absent_logits": "(Tensor x, Tensor weight, Tensor? bias, float inner, float cap, SymInt[] shape, "
     "ScalarType dtype, bool lazy) -> Tensor",
 }
-COMMON = 10  # arguments that all but the last of the operators have
+COMMON = 11  # arguments that all but the last of the operators have
+DROP, EXPECTED = 9, 10  # positions among them
+NUMBERS = len(stream_plans.RowNumbers._fields)  # the first results of most
 
 Result = tuple[Tensor, ...]
 
@@ -68,14 +71,14 @@ class _Kept:
 
 
 def _operands(common: Sequence[Any]) -> Operands:
-    x, weight, bias, targets, mix, inner, cap, summed, _ignore, _drop = common
-    return Operands(x, weight, bias, targets, mix, Head(inner, cap), summed)
+    x, weight, bias, targets, mix, inner, cap, summed, _ignore, _drop, expected = common
+    return Operands(x, weight, bias, targets, mix, Head(inner, cap), summed, expected)
 
 
 def kept_rows(common: Sequence[Any]) -> Tensor | None:
     """The rows that `drop` leaves (an index), None for all; IndexError for a target that is none."""
     targets: Tensor | None = common[3]
-    ignore, drop = common[8:10]
+    ignore, drop = common[DROP - 1 : DROP + 1]
     if targets is None:
         return None
     counts: Tensor = targets != ignore
@@ -178,7 +181,7 @@ def _absent_like(
 
 def _numbers_like(*args: Any) -> Result:
     x = args[0]
-    return tuple(x.new_empty(x.shape[:1], dtype=torch.float64) for _ in range(4))
+    return stream_plans.RowNumbers.empty(x)
 
 
 def _gradients_like(*args: Any) -> Result:

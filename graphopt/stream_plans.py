@@ -17,12 +17,23 @@ _MIXED_ROWS = 1024  # rows of a sum of more precision that are added to at a tim
 
 
 class RowNumbers(NamedTuple):
-    """For each row (N,): log-sum-exp, the target's logit, the sum of the logits, and by the mix."""
+    """For each row (N,): log-sum-exp, target's logit, sum of the logits, by the mix, by the softmax."""
 
     lse: Tensor
     picked: Tensor
     total: Tensor
     mixed: Tensor
+    expected: Tensor
+
+    @classmethod
+    def of(cls, found: Statistics) -> "RowNumbers":
+        """The numbers that `found` amounts to."""
+        return cls(found.lse, found.picked, found.total, found.mixed, found.expected)
+
+    @classmethod
+    def empty(cls, x: Tensor) -> "RowNumbers":
+        """Memory for those of the rows of x (N, D)."""
+        return cls(*(x.new_empty(x.shape[:1], dtype=torch.float64) for _ in cls._fields))
 
 
 class Gradients(NamedTuple):
@@ -39,10 +50,11 @@ def statistics(operands: Operands, columns: int) -> RowNumbers:
     found: Statistics | None = None
     for span in spans(operands.weight.shape[0], columns):
         part = operands.columns(span)
-        new = statistics_of(tile.logits(part), part.targets, part.mix, part.summed)
+        z = tile.logits(part)
+        new = statistics_of(z, part.targets, part.mix, part.summed, expected=part.expected)
         found = new if found is None else found.merge(new)
     assert found is not None, "the vocabulary is empty"
-    return RowNumbers(found.lse, *found[2:])
+    return RowNumbers.of(found)
 
 
 def gradients(
@@ -76,10 +88,10 @@ def sweep(
 ) -> tuple[RowNumbers, Gradients]:
     """Numbers and gradients in one pass over blocks of `rows` tokens; memory rows x V.
 
-    The coefficient of the softmax is `by.p + p_per_lse * lse`.
+    The coefficient of the softmax is `by.p + p_per_lse * lse`; that of the softmax times z must be None.
     """
     x, weight, dtype = operands.x, operands.weight, operands.dtype
-    numbers = RowNumbers(*(_empty(x, True, x.shape[:1], torch.float64) for _ in range(4)))
+    numbers = RowNumbers.empty(x)
     into = _outputs(operands, wanted)
     sums = _empty(x, wanted[1], weight.shape, dtype) if x.dtype is not dtype else into.weight
     bias = _empty(x, wanted[2], weight.shape[:1], dtype)
@@ -90,11 +102,10 @@ def sweep(
         part = operands.rows(span)
         z = tile.logits(part)
         slope = tile.slope_of(part)
-        found = statistics_of(z, part.targets, part.mix, part.summed)
-        lse = found.lse
-        for number, value in zip(numbers, (lse, *found[2:]), strict=True):
+        found = statistics_of(z, part.targets, part.mix, part.summed, expected=part.expected)
+        for number, value in zip(numbers, RowNumbers.of(found), strict=True):
             number[span] = value
-        mine = _with_lse(by.rows(span), p_per_lse, span, lse)
+        mine = _with_lse(by.rows(span), p_per_lse, span, found.lse)
         mine = mine._replace(p=None if mine.p is None else mine.p / found.mass)
         gradient = tile.finished(part, z, mine, slope)
         if wanted[0]:
@@ -130,20 +141,20 @@ def attention(operands: Operands, columns: int) -> tuple[RowNumbers, Tensor]:
         part = operands.columns(span)
         z = tile.logits(part)
         least = None if found is None else found.peak
-        new = statistics_of(z, part.targets, part.mix, part.summed, least)
+        new = statistics_of(z, part.targets, part.mix, part.summed, least, part.expected)
         if found is not None:
             mean.mul_((found.peak - finite(new.peak)).exp().to(mean.dtype)[:, None])
         _add_product(mean, tile.lowered(z), part.weight)
         found = new if found is None else found.merge(new)
     assert found is not None, "the vocabulary is empty"
     mean.div_(found.mass.to(mean.dtype)[:, None])
-    return RowNumbers(found.lse, *found[2:]), mean
+    return RowNumbers.of(found), mean
 
 
 def attention_gradient(operands: Operands, mean: Tensor, by: Coefficients) -> Tensor:
-    """The gradient of x (N, D) from the mean weight rows (N, D) of `attention`."""
+    """The gradient of x (N, D) from the mean weight rows (N, D) of `attention`; without `by.pz`."""
     weight, dtype = operands.weight, operands.dtype
-    p, hot, one, mixed = by.times(operands.head.inner, dtype)
+    p, hot, one, mixed, _ = by.times(operands.head.inner, dtype)
     found = torch.zeros_like(mean) if p is None else mean * p[:, None]
     if hot is not None and operands.targets is not None:
         inside = (operands.targets >= 0) & (operands.targets < weight.shape[0])

@@ -3,9 +3,11 @@
 For hidden rows x (N, D), a weight (V, D) and a bias (V,) the *raw* scores are x weight^T + bias (N, V),
 and the *logits* z are `Head.inner` times them, soft-capped where `Head.cap` is positive. A loss sees a
 row of z through a few numbers: its log-sum-exp, the logit its target picks, the sum of its logits, and
-their sum weighted by a `mix` (class weights, or probabilities as targets). So it reaches z as
+their sum weighted by a `mix` (class weights, or probabilities as targets), and their mean under the
+softmax (the log-sum-exp less that is the entropy). So it reaches z as
 
-    dz[n, v] = p[n] softmax(z[n])[v] + hot[n] [v == target[n]] + one[n] + mixed[n] mix[n, v]
+    dz[n, v] = (p[n] + pz[n] z[n, v]) softmax(z[n])[v] + hot[n] [v == target[n]] + one[n]
+               + mixed[n] mix[n, v]
 
 with one coefficient per row and term (`Coefficients`), which holds for every reduction, smoothing, class
 weight, z-loss and gradient per token. Numbers of rows are float64:
@@ -35,7 +37,8 @@ class Head(NamedTuple):
 class Operands(NamedTuple):
     """What logits are made of: x (N, D), weight (V, D), bias (V,), targets (N,), mix (1 or N, V).
 
-    Targets outside of [0, V) pick nothing. Without `summed` the sums of logits stay zero.
+    Targets outside of [0, V) pick nothing. Without `summed` the sums of logits stay zero, and without
+    `expected` nothing is to be read from their means under the softmax.
     """
 
     x: Tensor
@@ -45,6 +48,7 @@ class Operands(NamedTuple):
     mix: Tensor | None = None
     head: Head = Head()
     summed: bool = False
+    expected: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -72,6 +76,7 @@ class Coefficients(NamedTuple):
     hot: Tensor | None = None
     one: Tensor | None = None
     mixed: Tensor | None = None
+    pz: Tensor | None = None
 
     def rows(self, span: slice) -> "Coefficients":
         """The coefficients of some tokens."""
@@ -83,13 +88,17 @@ class Coefficients(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """Of the logits of each row (N,), float64: maximum, sum of exp(z - maximum), target's logit, sums."""
+    """Of the logits of each row (N,), float64: maximum, sum of exp(z - maximum), target's logit, sums.
+
+    `moment` is the sum of exp(z - maximum) (z - maximum), zero where it was not asked for.
+    """
 
     peak: Tensor
     mass: Tensor
     picked: Tensor
     total: Tensor
     mixed: Tensor
+    moment: Tensor
 
     def merge(self, other: "Statistics") -> "Statistics":
         """The statistics of both parts of the vocabulary together.
@@ -101,14 +110,24 @@ class Statistics(NamedTuple):
         """
         peak = torch.maximum(self.peak, other.peak)
         base = finite(peak)
-        mass = self.mass * (self.peak - base).exp() + other.mass * (other.peak - base).exp()
-        sums = (a + b for a, b in zip(self[2:], other[2:], strict=True))
-        return Statistics(peak, mass, *sums)
+        parts = [s.rebased(base) for s in (self, other)]
+        return Statistics(peak, *(sum(numbers) for numbers in zip(*parts, strict=True)))
+
+    def rebased(self, base: Tensor) -> tuple[Tensor, ...]:
+        """All but the maximum, with `base` (N,) in its place."""
+        scale = (self.peak - base).exp()
+        moment = self.moment + self.mass * (finite(self.peak) - base)
+        return self.mass * scale, *self[2:5], moment * scale
 
     @property
     def lse(self) -> Tensor:
         """The log-sum-exp of each row (N,)."""
         return self.peak + self.mass.log()
+
+    @property
+    def expected(self) -> Tensor:
+        """The mean of the logits of each row under their softmax (N,)."""
+        return self.peak + self.moment / self.mass
 
 
 def statistics_of(
@@ -117,17 +136,22 @@ def statistics_of(
     mix: Tensor | None = None,
     summed: bool = False,
     least: Tensor | None = None,
+    expected: bool = False,
 ) -> Statistics:
     """The statistics of logits z (N, V), which is overwritten with exp(z - maximum).
 
-    `least` (N,) are maxima of other parts: where they are larger, they take the place of the maximum.
+    With `expected` a copy of them is made, and the `moment`. `least` (N,) are maxima of other parts:
+    where they are larger, they take the place of the maximum.
     """
     picked = picked_of(z, targets)
     total = z.sum(1) if summed else z.new_zeros(z.shape[:1])
     mixed = z.new_zeros(z.shape[:1]) if mix is None else _dot(z, mix.to(z.dtype))
     peak = z.amax(1) if least is None else torch.maximum(z.amax(1), least.to(z.dtype))
-    z.sub_(finite(peak)[:, None]).exp_()
-    return Statistics(*(s.double() for s in (peak, z.sum(1), picked, total, mixed)))
+    z.sub_(finite(peak)[:, None])
+    below = z.clone() if expected else None
+    z.exp_()
+    moment = z.new_zeros(z.shape[:1]) if below is None else _dot(z, below)
+    return Statistics(*(s.double() for s in (peak, z.sum(1), picked, total, mixed, moment)))
 
 
 def finite(peak: Tensor) -> Tensor:
@@ -187,9 +211,11 @@ class Tile:
         n, c = operands.x.shape[0], operands.weight.shape[0]
         slope, z = self.slope_of(operands), _front(self.wide, n, c)
         rounded = lse.to(z.dtype)
+        scores = None if by.pz is None else z.clone()
         softmax = z.sub_(rounded[:, None]).exp_()
-        by = by._replace(p=None if by.p is None else by.p * (rounded - lse).exp())
-        return self.finished(operands, softmax, by, slope)
+        off = (rounded - lse).exp()
+        p, pz = (None if c is None else c * off for c in (by.p, by.pz))
+        return self.finished(operands, softmax, by._replace(p=p, pz=pz), slope, scores)
 
     def slope_of(self, operands: Operands) -> Tensor | None:
         """dz/draw (n, c) of a soft cap, from the logits in this memory: inner (cap - z^2 / cap)."""
@@ -201,12 +227,24 @@ class Tile:
         return torch.mul(z, z, out=slope).mul_(-inner / cap).add_(inner * cap)
 
     def finished(
-        self, operands: Operands, softmax: Tensor, by: Coefficients, slope: Tensor | None
+        self,
+        operands: Operands,
+        softmax: Tensor,
+        by: Coefficients,
+        slope: Tensor | None,
+        scores: Tensor | None = None,
     ) -> Tensor:
-        """The gradient of the raw scores (n, c), over their softmax (n, c)."""
+        """The gradient of the raw scores (n, c), over their softmax (n, c).
+
+        `by.pz` needs the `scores` (n, c), the logits, which are overwritten.
+        """
         inner = operands.head.inner if slope is None else 1.0
-        p, hot, one, mixed = by.times(inner, softmax.dtype)
-        softmax = softmax.zero_() if p is None else softmax.mul_(p[:, None])
+        p, hot, one, mixed, pz = by.times(inner, softmax.dtype)
+        if scores is not None and pz is not None:
+            scores.mul_(pz[:, None])
+            softmax.mul_(scores if p is None else scores.add_(p[:, None]))
+        else:
+            softmax = softmax.zero_() if p is None else softmax.mul_(p[:, None])
         if hot is not None and operands.targets is not None:
             index, inside = _inside(softmax, operands.targets)
             softmax.scatter_add_(1, index, torch.where(inside, hot, 0.0)[:, None])

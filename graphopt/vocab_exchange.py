@@ -118,4 +118,4 @@ def _unpacked(packed: Tensor, lse: Tensor, operands: Operands) -> RowNumbers:
     zero = torch.zeros_like(lse)
     total = packed[2] if operands.summed else zero
     mixed = zero if operands.mix is None else packed[2]
-    return RowNumbers(lse, packed[1], total, mixed)
+    return RowNumbers(lse, packed[1], total, mixed, zero)

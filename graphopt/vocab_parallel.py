@@ -29,6 +29,7 @@ from graphopt.stream_plans import (
     statistics,
 )
 from graphopt.streamed import Coefficients, Head, Operands, Tile, spans, statistics_of
+from graphopt.vocab_dtensor import layout_of, local, own_rows, replicated, shard_of
 from graphopt.vocab_exchange import (
     ALGORITHMS,
     STREAMS,
@@ -49,7 +50,7 @@ def vocab_parallel_cross_entropy(
     x: Tensor,
     weight: Tensor,
     targets: Tensor,
-    shard: Shard,
+    shard: Shard | None = None,
     *,
     bias: Tensor | None = None,
     class_weight: Tensor | None = None,
@@ -62,12 +63,16 @@ def vocab_parallel_cross_entropy(
     x (N, D) and targets, (N,) or probabilities (N, V), are the same on every rank; weight (V_i, D) and
     bias (V_i,) are those of the words of `shard`; `class_weight` (V,) is of all words. `head` scales and
     soft-caps the logits. The loss, () or (N,), and the gradient of x are the same on every rank; the loss
-    is float32 at least.
+    is float32 at least. x, targets and class weights may be replicated DTensors, weight and bias DTensors
+    sharded by rows, which say the `shard`; then the loss is a replicated DTensor.
 
     Raises IndexError for targets outside of the vocabulary and GraphoptError for operands that do not
     fit, before any collective.
     """
     options, head, way = options or LossOptions(), head or Head(), way or Way()
+    shard, layout = _shard(weight, shard), layout_of(x, targets, weight)
+    x, targets, class_weight = local(x), local(targets, "targets"), local(class_weight, "class weights")
+    weight, bias = own_rows(weight, shard), own_rows(bias, shard)
     _check(x, weight, targets, shard, class_weight, head, way)
     dtype = Operands(x, weight).dtype
     found, mix = _weighed(targets, shard, class_weight, options, dtype)
@@ -77,7 +82,14 @@ def vocab_parallel_cross_entropy(
     problem = Problem(shard, found, mix, head, way)
     function = _TokensLoss if way.stream == "tokens" else _WordsLoss
     loss: Tensor = function.apply(x, weight, bias, problem, needed)  # type: ignore[no-untyped-call]
-    return loss.to(dtype)
+    return replicated(loss.to(dtype), layout)
+
+
+def _shard(weight: Tensor, shard: Shard | None) -> Shard:
+    found = shard or shard_of(weight)
+    if found is None:
+        raise GraphoptError("say the shard of a weight that is no DTensor sharded by rows")
+    return found
 
 
 def _weighed(
@@ -202,7 +214,7 @@ def _sweep(
 ) -> tuple[RowNumbers, tuple[Tensor | None, ...]]:
     """The numbers of all rows, and the gradients of x, weight and bias that are needed."""
     x, weight, dtype, block = operands.x, operands.weight, operands.dtype, problem.way.block
-    numbers = RowNumbers(*(x.new_empty(x.shape[:1], dtype=torch.float64) for _ in range(4)))
+    numbers = RowNumbers.empty(x)
     dx = torch.empty_like(x) if needs[0] else None
     dweight = weight.new_zeros(weight.shape, dtype=dtype) if needs[1] else None
     dbias = weight.new_zeros(weight.shape[:1], dtype=dtype) if needs[2] else None
@@ -226,7 +238,7 @@ def _block(tile: Tile, part: Operands, problem: Problem, dx: Tensor | None) -> t
     z = tile.logits(part)
     slope = tile.slope_of(part)
     found = statistics_of(z, part.targets, part.mix, part.summed)  # z is now exp(z - peak)
-    own, one = RowNumbers(found.lse, *found[2:]), torch.ones_like(found.mass)
+    own, one = RowNumbers.of(found), torch.ones_like(found.mass)
     if problem.way.algorithm == "one-barrier" and dx is not None:
         begun = begin_exchange(own, part, problem)
         mean = torch.mm(tile.lowered(z), part.weight)
@@ -261,17 +273,20 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def vocab_parallel_embedding(
-    ids: Tensor, weight: Tensor, shard: Shard, padding_idx: int | None = None
+    ids: Tensor, weight: Tensor, shard: Shard | None = None, padding_idx: int | None = None
 ) -> Tensor:
     """`F.embedding(ids, weight)` (.., D) of a weight split over ranks, of which this one has (V_i, D).
 
     One sum over the ranks, to which one rank adds each row, so that it is exact; none in the backward.
-    Raises IndexError for an index outside of the vocabulary.
+    DTensors as in `vocab_parallel_cross_entropy`. Raises IndexError for an index outside of the
+    vocabulary.
     """
+    shard, layout = _shard(weight, shard), layout_of(ids, weight)
+    ids, weight = local(ids, "an index"), own_rows(weight, shard)
     if bool(((ids < 0) | (ids >= shard.words)).any()):
         raise IndexError("index out of range in self")
     found: Tensor = _Embedding.apply(weight, ids, shard, padding_idx)  # type: ignore[no-untyped-call]
-    return found
+    return replicated(found, layout)
 
 
 class _Embedding(torch.autograd.Function):
@@ -292,11 +307,18 @@ class _Embedding(torch.autograd.Function):
         return aten.embedding_dense_backward(rows, index, ctx.words, -1, False), None, None, None
 
 
-def vocab_parallel_linear(x: Tensor, weight: Tensor, shard: Shard, bias: Tensor | None = None) -> Tensor:
-    """All logits `F.linear(x, weight, bias)` (.., V) on every rank, gathered from the ranks' parts."""
+def vocab_parallel_linear(
+    x: Tensor, weight: Tensor, shard: Shard | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """All logits `F.linear(x, weight, bias)` (.., V) on every rank, gathered from the ranks' parts.
+
+    DTensors as in `vocab_parallel_cross_entropy`.
+    """
+    shard, layout = _shard(weight, shard), layout_of(x, weight)
+    x, weight, bias = local(x), own_rows(weight, shard), own_rows(bias, shard)
     rows = x.reshape(-1, x.shape[-1])
     logits: Tensor = _Linear.apply(rows, weight, bias, shard)  # type: ignore[no-untyped-call]
-    return logits.view(*x.shape[:-1], shard.words)
+    return replicated(logits.view(*x.shape[:-1], shard.words), layout)
 
 
 class _Linear(torch.autograd.Function):

@@ -4,6 +4,7 @@ The collectives are functional (`torch.ops._c10d_functional`): they return new t
 NCCL, and every rank of the group must call them in the same order.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -24,16 +25,18 @@ collectives = torch.ops._c10d_functional
 class Shard:
     """The words [start, stop) of `words`, on rank `rank` of `ranks` of the process group `group`.
 
-    Parts are balanced: their sizes differ by one word at most.
+    Parts are balanced: their sizes differ by one word at most. Where `chunked` they are those of
+    `torch.chunk` and DTensor: of one size, but for the last.
     """
 
     words: int
     rank: int
     ranks: int
     group: str
+    chunked: bool = False
 
     def __post_init__(self) -> None:
-        if self.words < self.ranks:
+        if self.bounds(self.ranks - 1)[0] >= self.words or self.words < self.ranks:
             raise GraphoptError(
                 f"a vocabulary of {self.words} words cannot be split over {self.ranks} ranks"
             )
@@ -55,7 +58,12 @@ class Shard:
 
         >>> [Shard(10, 0, 4, "").bounds(rank) for rank in range(4)]
         [(0, 2), (2, 5), (5, 7), (7, 10)]
+        >>> [Shard(10, 0, 4, "", chunked=True).bounds(rank) for rank in range(4)]
+        [(0, 3), (3, 6), (6, 9), (9, 10)]
         """
+        if self.chunked:
+            size = math.ceil(self.words / self.ranks)
+            return min(rank * size, self.words), min((rank + 1) * size, self.words)
         return rank * self.words // self.ranks, (rank + 1) * self.words // self.ranks
 
     @property

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from graphopt.ops import is_random, may_recompute
 from graphopt.passes.loss_values import PEAK, Head, Known, KnownRow, Raw, Row, Value
 from graphopt.program import LEAVES, Program, set_value
-from graphopt.stream_ops import ops
+from graphopt.stream_ops import NUMBERS, ops
 
 aten = torch.ops.aten
 NOTHING = -(2**62)  # an ignore index that no target has
@@ -154,12 +154,12 @@ class Builder:
     def _begin(self, head: Head) -> None:
         """The place of the statistics of `head`; their arguments are filled in at the end."""
         turned = self.turned(self.new[head.weight])
-        operands = (self.new[head.x], turned, None, None, None, 1.0, 0.0, False, NOTHING, False)
+        operands = (self.new[head.x], turned, None, None, None, 1.0, 0.0, False, NOTHING, False, False)
         head.statistics = self.call(ops.streamed_statistics.default, *operands, head.vocabulary)
         self.known[head.linear] = Raw(head, head.bias)
 
     def numbers(self, head: Head) -> tuple[fx.Node, ...]:
-        """log-sum-exp, picked logit, sum of logits, sum by the mix: (N,) each."""
+        """log-sum-exp, picked logit, sum of logits, by the mix, by the softmax: (N,) each."""
         assert head.form is not None and head.statistics is not None
         if not head.numbers:
             here, self.like = self.like, head.linear
@@ -272,7 +272,7 @@ class Builder:
         node.args = (x, node.args[1], bias, None, None, inner, cap, *node.args[7:])
         old = node.meta["val"][0]
         with old.fake_mode:
-            set_value(node, tuple(old.new_empty(rows_of(head)) for _ in range(4)))
+            set_value(node, tuple(old.new_empty(rows_of(head)) for _ in range(NUMBERS)))
 
     def adopt_index(self, head: Head, index: fx.Node, ignore: int | None = None) -> bool:
         """Take the (original) `index` for the targets of `head`; False where they are others."""

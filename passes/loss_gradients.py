@@ -15,6 +15,7 @@ from graphopt.passes.loss_reductions import (
     logits_of,
     lse_of,
     over_vocabulary,
+    times_softmax,
 )
 from graphopt.passes.loss_values import (
     CONSTANT,
@@ -29,9 +30,10 @@ from graphopt.passes.loss_values import (
     Value,
     Z,
 )
-from graphopt.stream_ops import ops
+from graphopt.stream_ops import COMMON, ops
 
 aten = torch.ops.aten
+KINDS = {"p", "hot", "1", "m", "pz"}  # of the terms of a gradient
 
 
 def log_softmax(b: Builder, node: fx.Node) -> Found | None:
@@ -57,12 +59,27 @@ def log_softmax_gradient(b: Builder, node: fx.Node) -> Found | None:
     if gradient is None or found is None or not is_last(node.args[0], node.args[2]):
         return None
     head = found[0]
-    if gradient.head not in (None, head) or not gradient.kinds <= {"1", "hot", "m"}:
+    if gradient.head not in (None, head) or not gradient.kinds <= KINDS:
         return None
-    total = over_vocabulary(b, head, gradient)
+    return _centred(b, head, gradient)
+
+
+def softmax_gradient(b: Builder, node: fx.Node) -> Found | None:
+    """G softmax - softmax sum(G softmax) for the gradient G of the softmax."""
+    gradient, known = lifted(b, node.args[0]), b.known.get(node.args[1])  # type: ignore[arg-type]
+    if gradient is None or gradient.extra is not None or not is_last(node.args[0], node.args[2]):
+        return None
+    value = times_softmax(b, gradient, known if isinstance(known, Value) else None)
+    return None if value is None or value.head is None else _centred(b, value.head, value)
+
+
+def _centred(b: Builder, head: Head, value: Value) -> Value | None:
+    """`value` less the softmax times the sum of `value` over the vocabulary."""
+    total = over_vocabulary(b, head, value)
     if total is None:
         return None
-    return replace(gradient, head=head, terms={**gradient.terms, SOFTMAX: total.times(-1)})
+    softmax = value.terms.get(SOFTMAX, ZERO).plus(total, -1)
+    return replace(value, head=head, terms={**value.terms, SOFTMAX: softmax})
 
 
 def tanh_gradient(b: Builder, node: fx.Node) -> Found | None:
@@ -206,7 +223,7 @@ def column_sum(b: Builder, node: fx.Node) -> Found | None:
 def gradients_of(b: Builder, value: Value) -> tuple[fx.Node, ...] | None:
     """The nodes of the gradients of x, weight and bias for the gradient `value` of the scores."""
     head = value.head
-    if head is None or head.form is None or not value.kinds <= {"p", "hot", "1", "m"}:
+    if head is None or head.form is None or not value.kinds <= KINDS:
         return None
     form = head.form
     if value.undone != len(form.slices) or value.uncapped is not form.capped:
@@ -221,7 +238,7 @@ def gradients_of(b: Builder, value: Value) -> tuple[fx.Node, ...] | None:
     by = _coefficients(b, head, value, form)
     lse = b.numbers(head)[0]
     assert head.statistics is not None
-    common = head.statistics.args[:10]
+    common = head.statistics.args[:COMMON]
     wanted = [True, True, True]
     name = f"{head.linear.name}_gradients"
     target = ops.streamed_gradients.default
@@ -233,13 +250,13 @@ def gradients_of(b: Builder, value: Value) -> tuple[fx.Node, ...] | None:
 
 
 def _coefficients(b: Builder, head: Head, value: Value, form: Raw) -> list[fx.Node | None]:
-    """The rows of softmax, one-hot, constant and mix; None for a term that is not there."""
+    """The rows of softmax, one-hot, constant, mix, softmax times z; None for a term that is not there."""
     scale = 1 / (form.inner * form.outer)
-    found: dict[str, fx.Node | None] = dict.fromkeys(("p", "hot", "1", "m"))
+    found: dict[str, fx.Node | None] = dict.fromkeys(("p", "hot", "1", "m", "pz"))
     for basis, row in value.terms.items():
         if row != ZERO:
             found[basis.kind] = b.row(head, row.times(scale))
-    return [found[kind] for kind in ("p", "hot", "1", "m")]
+    return [found[kind] for kind in ("p", "hot", "1", "m", "pz")]
 
 
 def _unsliced(b: Builder, head: Head, dx: fx.Node) -> fx.Node:

@@ -4,6 +4,7 @@ Each rule gives the row of the new graph that holds the result, made of the log-
 numbers of the head's operator. A maximum, and a sum of exponentials less it, are only known: they cancel.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from graphopt.passes.loss_values import (
     ONE,
     PEAK,
     SOFTMAX,
+    SOFTMAX_Z,
     ZERO,
     Head,
     KnownRow,
@@ -119,6 +121,9 @@ def over_vocabulary(b: Builder, head: Head, value: Value) -> Row | None:
         elif basis.kind == "z":
             head.summed, head.only_nll = True, False
             term = b.product(head, row, Row({b.numbers(head)[2]: 1.0}))
+        elif basis.kind == "pz":
+            head.expected, head.only_nll = True, False
+            term = b.product(head, row, Row({b.numbers(head)[4]: 1.0}))
         elif basis.kind == "mz":
             head.only_nll = False
             numbers = b.numbers(head)
@@ -172,6 +177,18 @@ def exponential(b: Builder, node: fx.Node) -> Found | None:
         return Shifted(head, power)
     factor = ONE if not power.terms else Row({b.call(aten.exp.default, b.row(head, power)): 1.0})
     return softmax_times(head, factor)
+
+
+def times_softmax(b: Builder, value: Value | None, softmax: Value | None) -> Value | None:
+    """The product of `softmax`, times a row, with a `value` made of the logits of the same head."""
+    if value is None or softmax is None or set(softmax.terms) != {SOFTMAX}:
+        return None
+    head = softmax.head
+    if head is None or value.head not in (None, head) or not set(value.terms) <= {Z, CONSTANT}:
+        return None
+    terms = {SOFTMAX_Z if k == Z else SOFTMAX: r for k, r in value.terms.items()}
+    by = softmax.terms[SOFTMAX]
+    return replace(softmax, terms={k: b.product(head, r, by) for k, r in terms.items()})
 
 
 def softmax_times(head: Head, factor: Row) -> Value:

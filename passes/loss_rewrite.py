@@ -17,7 +17,7 @@ from graphopt.passes.loss_rules import RULES
 from graphopt.passes.loss_values import Head, Raw
 from graphopt.program import Program, Role, set_value
 from graphopt.split import late_nodes
-from graphopt.stream_ops import ops
+from graphopt.stream_ops import EXPECTED, ops
 
 aten = torch.ops.aten
 RETURNS = ("logits", "lazy", "loss")
@@ -183,6 +183,7 @@ def _fill_in(b: Builder, head: Head) -> None:
             arguments = list(node.args)
             arguments[_TARGETS], arguments[_MIX] = targets, mix
             arguments[_SUMMED], arguments[_IGNORE] = head.summed, ignore
+            arguments[EXPECTED] = head.expected
             node.args = tuple(arguments)
 
 

@@ -102,7 +102,7 @@ def times(b: Builder, node: fx.Node) -> Found | None:
         if row is not None:
             terms = {k: b.product(head, r, row) for k, r in value.terms.items()}
             return replace(value, terms=_without_zeros(terms))
-        found = _mixed(b, head, value, other)
+        found = reductions.times_softmax(b, _plain(b, other), value) or _mixed(b, head, value, other)
         if found is not None:
             return found
     return None
@@ -210,7 +210,7 @@ def _sum(b: Builder, value: Value, other: Any, factor: float) -> Value | None:
     if row is not None:
         terms = {**value.terms, CONSTANT: value.terms.get(CONSTANT, ZERO).plus(row, factor)}
         return replace(value, terms=_without_zeros(terms))
-    gradient = value.kinds <= {"p", "hot", "1", "m"} and factor == 1 and value.extra is None
+    gradient = value.kinds <= gradients.KINDS and factor == 1 and value.extra is None
     if not gradient or not isinstance(other, fx.Node) or other in b.known or not b.is_wide(other):
         return None
     return replace(value, extra=b.new[other])
@@ -340,6 +340,7 @@ RULES: Mapping[Any, Rule] = {
     aten._log_softmax.default: gradients.log_softmax,
     aten._softmax.default: gradients.softmax,
     aten._log_softmax_backward_data.default: gradients.log_softmax_gradient,
+    aten._softmax_backward_data.default: gradients.softmax_gradient,
     aten.nll_loss_forward.default: nll_loss,
     aten.nll_loss_backward.default: nll_loss_gradient,
     aten.mm.default: gradients.product,

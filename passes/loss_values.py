@@ -53,17 +53,17 @@ Mix = tuple[fx.Node, ...]  # factors (original nodes), in order of their names
 
 @dataclass(frozen=True)
 class Basis:
-    """One of the known tensors: "z", "1", "p" (softmax), "hot", "m" or "mz".
+    """One of the known tensors: "z", "1", "p" (softmax), "hot", "m", "mz" or "pz" (softmax times z).
 
     `index` is the node (original) of the indices of a one-hot, `mix` are the factors of m.
     """
 
-    kind: Literal["z", "1", "p", "hot", "m", "mz"]
+    kind: Literal["z", "1", "p", "hot", "m", "mz", "pz"]
     index: fx.Node | None = None
     mix: Mix = ()
 
 
-Z, CONSTANT, SOFTMAX = Basis("z"), Basis("1"), Basis("p")
+Z, CONSTANT, SOFTMAX, SOFTMAX_Z = Basis("z"), Basis("1"), Basis("p"), Basis("pz")
 
 
 @dataclass(frozen=True)
@@ -153,9 +153,10 @@ class Head:
 
     `linear` is the original node, `x` and `weight` its operands, as they stand there: (N, D) and (D, V).
     `form` is the one way in which the loss reads the scores; `index`, `mix` and `ignore` are what it
-    reads beside them, `summed` that it needs the sums of the logits, `only_nll` that only the fused
-    negative log-likelihood reads them. `statistics` and `gradients` are the operators of the new graph,
-    `numbers` the four results of the former, `results` the gradients of x, weight and bias.
+    reads beside them, `summed` that it needs the sums of the logits and `expected` that it needs their
+    means under the softmax, `only_nll` that only the fused negative log-likelihood reads them.
+    `statistics` and `gradients` are the operators of the new graph, `numbers` the
+    results of the former, `results` the gradients of x, weight and bias.
     """
 
     linear: fx.Node
@@ -171,6 +172,7 @@ class Head:
     ignore: int | None = None
     only_nll: bool = True
     summed: bool = False
+    expected: bool = False
     statistics: fx.Node | None = None
     gradients: fx.Node | None = None
     numbers: tuple[fx.Node, ...] = ()

@@ -19,10 +19,9 @@ from graphopt.passes.loss_rewrite import put_in_order
 from graphopt.passes.loss_values import Head
 from graphopt.program import LEAVES, Program, Role, set_value
 from graphopt.split import late_nodes
-from graphopt.stream_ops import COMMON, ops
+from graphopt.stream_ops import COMMON, DROP, NUMBERS, ops
 
 aten = torch.ops.aten
-_DROP = 9  # position of `drop` among the arguments
 _LSE = COMMON  # and, of `streamed_gradients`, of the log-sum-exp, before the coefficients
 _KEEP_ROWS = {
     *(aten.view.default, aten.reshape.default, aten.expand.default, aten.unsqueeze.default),
@@ -48,7 +47,7 @@ def put(
         raise PlanError(f"{variant!r} is none of {', '.join(_VARIANTS)}")
     for node in (head.statistics, head.gradients):
         if node is not None:
-            node.args = (*node.args[:_DROP], drop, *node.args[_DROP + 1 :])
+            node.args = (*node.args[:DROP], drop, *node.args[DROP + 1 :])
     _VARIANTS[variant](program, head, block, in_place)
 
 
@@ -66,11 +65,11 @@ def _frozen(program: Program, head: Head, block: int, in_place: bool) -> None:
         raise NotPossible(f"{head.linear.name}: its weight needs a gradient, or nothing does")
     if forward.args[6]:
         raise NotPossible(f"{head.linear.name}: the gradient of a soft cap is no mean of weights")
+    by = _without_entropy(head, backward)
     maker = _Maker(program)
     new = maker.before(forward, ops.streamed_attention.default, *forward.args[:COMMON], block)
     forward.replace_all_uses_with(new)
-    mean = maker.before(backward, getitem, new, 4, like=new)
-    by = backward.args[_LSE + 1 : _LSE + 5]
+    mean = maker.before(backward, getitem, new, NUMBERS, like=new)
     gradient = ops.streamed_attention_gradient.default
     dx = maker.before(backward, gradient, *backward.args[:COMMON], mean, *by)
     for user in list(backward.users):
@@ -83,8 +82,8 @@ def _tokens(program: Program, head: Head, block: int, in_place: bool) -> None:
     assert forward is not None
     if backward is None:
         raise NotPossible(f"{head.linear.name}: there is no gradient to make in the forward")
+    by = _without_entropy(head, backward)
     maker = _Maker(program)
-    by = backward.args[_LSE + 1 : _LSE + 5]
     hoist = _Hoist(maker, forward, by)
     unit, per_lse = hoist.unit_coefficients()
     wanted = backward.args[-1]
@@ -94,7 +93,7 @@ def _tokens(program: Program, head: Head, block: int, in_place: bool) -> None:
     forward.replace_all_uses_with(new)
     for user in list(backward.users):
         index = user.args[1]
-        made = maker.before(backward, getitem, new, 4 + index, like=new)  # type: ignore[operator]
+        made = maker.before(backward, getitem, new, NUMBERS + index, like=new)  # type: ignore[operator]
         factor = maker.before(backward, aten.reshape.default, hoist.tangent, [], like=backward)
         if in_place:
             scaled = maker.before(backward, ops.scaled_gradient_.default, made, factor, like=backward)
@@ -102,6 +101,14 @@ def _tokens(program: Program, head: Head, block: int, in_place: bool) -> None:
             scaled = maker.before(backward, aten.mul.Tensor, made, factor, like=backward)
         user.replace_all_uses_with(scaled)
     maker.finish()
+
+
+def _without_entropy(head: Head, backward: fx.Node) -> tuple[Any, ...]:
+    """The coefficients of softmax, one-hot, constant and mix, where there is no other."""
+    *by, entropy = backward.args[_LSE + 1 : _LSE + 6]
+    if entropy is not None:
+        raise NotPossible(f"{head.linear.name}: the gradient of an entropy needs the logits again")
+    return tuple(by)
 
 
 class _Maker:

@@ -18,6 +18,7 @@ from graphopt.errors import GraphoptError, PlanError
 from graphopt.passes.vocab_matching import find_vocabulary
 from graphopt.plan import Plan
 from graphopt.split_tensors import SplitWeight, split_weight
+from graphopt.vocab_dtensor import part_of, placed, shard_of
 from graphopt.vocab_exchange import ALGORITHMS, SplitSizes, Way
 from graphopt.vocab_shard import Shard, gather_rows, group_of, sum_over
 
@@ -103,7 +104,7 @@ class SplitVocab:
             raise PlanError("the vocabulary of this model is split already")
         found = find_vocabulary(model, batch)
         weight = model.get_parameter(found.head)
-        shard = Shard.on_mesh(found.words, mesh, self.dim)
+        shard = self._shard(weight, mesh)
         cluster = self._cluster(mesh, shard, device, weight.device)
         sizes = SplitSizes(self.tokens, weight.shape[1], found.words, shard.ranks, weight.dtype)
         cost = _Chooser(cluster, self).cost(sizes)
@@ -121,16 +122,26 @@ class SplitVocab:
         wrong = [n for n in plan.names if _rows(model, n) != plan.words]
         if wrong:
             raise PlanError(f"{', '.join(wrong)}: no parameter with {plan.words} rows")
-        shard = Shard.on_mesh(plan.words, mesh, self.dim)
-        where = model.get_parameter(plan.head).device
+        head = model.get_parameter(plan.head)
+        shard, where = self._shard(head, mesh), head.device
         chooser = _Chooser(self._cluster(mesh, shard, device, where), self)
         for name in plan.names:
             old = model.get_parameter(name)
-            new = split_weight(shard.part(old.detach()).clone(), shard, chooser, old)
+            new = split_weight(part_of(old.detach(), shard).clone(), shard, chooser, old)
             _replace(model, old, new)
         model.register_state_dict_post_hook(_whole)
         model.register_load_state_dict_pre_hook(_parted)
         return model
+
+    def _shard(self, weight: torch.Tensor, mesh: "DeviceMesh") -> Shard:
+        """The part that this rank has of a DTensor already, or gets of another weight."""
+        wanted = Shard.on_mesh(weight.shape[0], mesh, self.dim)
+        found = shard_of(weight)
+        if found is not None and found.group != wanted.group:
+            raise PlanError(
+                "the weight of the projection is sharded over other ranks than those of the mesh"
+            )
+        return found or wanted
 
     def _cluster(self, mesh: "DeviceMesh", shard: Shard, device: Device, where: torch.device) -> Cluster:
         """The same on every rank, so that all choose the same way."""
@@ -199,7 +210,8 @@ def _whole(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> Non
         if isinstance(parameter, SplitWeight) and prefix + name in state:
             if id(parameter) not in made:
                 rows = parameter.detach().as_subclass(torch.Tensor)
-                made[id(parameter)] = gather_rows(rows, parameter.shard)
+                whole = gather_rows(rows, parameter.shard)
+                made[id(parameter)] = placed(whole, parameter.origin)
             state[prefix + name] = made[id(parameter)]
 
 
@@ -210,4 +222,4 @@ def _parted(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> N
         if isinstance(parameter, SplitWeight) and whole is not None:
             if whole.shape[1:] != parameter.shape[1:]:
                 raise GraphoptError(f"{name}: {tuple(whole.shape)} are not rows of the vocabulary")
-            state[prefix + name] = parameter.shard.part(whole)
+            state[prefix + name] = part_of(whole, parameter.shard)

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 from graphopt.errors import PlanError
+from graphopt.vocab_dtensor import gathered, layout_of, replicated
 
 TOKENS = 4
 
@@ -66,9 +68,13 @@ class _Recorder(TorchFunctionMode):
 
 
 def example_batch(model: nn.Module) -> dict[str, Tensor]:
-    """What a causal language model of transformers takes: `TOKENS` tokens, and labels."""
+    """What a causal language model of transformers takes: `TOKENS` tokens, and labels.
+
+    DTensors where the parameters are.
+    """
     device = next(model.parameters()).device
     ids = torch.zeros((1, TOKENS), dtype=torch.long, device=device)
+    ids = replicated(ids, layout_of(*model.parameters()))
     return {"input_ids": ids, "labels": ids}
 
 
@@ -76,10 +82,12 @@ def find_vocabulary(model: nn.Module, batch: Mapping[str, Any] | None = None) ->
     """Run `model(**batch)` once without gradients, and find its largest vocabulary.
 
     `batch` must make the model compute its loss; by default, `example_batch`. PlanError where the model
-    does not run, or no loss is of a projection onto a parameter.
+    does not run, or no loss is of a projection onto a parameter. Sharded DTensors are gathered for the
+    run, since not every operator takes them as they are.
     """
-    names = {id(p): name for name, p in model.named_parameters()}
-    heads, embedded = _recorded(model, example_batch(model) if batch is None else batch)
+    whole = {name: gathered(p) for name, p in model.named_parameters()}
+    names = {id(p): name for name, p in whole.items()}
+    heads, embedded = _recorded(model, whole, example_batch(model) if batch is None else batch)
     known = [h for h in heads if id(h[0]) in names and (h[1] is None or id(h[1]) in names)]
     if not known:
         raise PlanError("no cross-entropy of the model is of a linear projection onto a parameter")
@@ -90,12 +98,12 @@ def find_vocabulary(model: nn.Module, batch: Mapping[str, Any] | None = None) ->
     return Vocabulary(words, names[id(weight)], None if bias is None else names[id(bias)], embeddings)
 
 
-def _recorded(model: nn.Module, batch: Mapping[str, Any]) -> Any:
+def _recorded(model: nn.Module, whole: dict[str, Tensor], batch: Mapping[str, Any]) -> Any:
     mode = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with torch.no_grad(), torch.random.fork_rng(), _Recorder() as recorder:
-            model(**batch)
+            functional_call(model, whole, kwargs=dict(batch))
     except Exception as error:  # whatever the model raises, the user gave no batch that fits
         raise PlanError(
             f"the model does not run on {', '.join(batch)} ({type(error).__name__}: {error}); "

@@ -1,5 +1,6 @@
 """The algebra against autograd in float64: random shapes, options, blocks; and what it refuses."""
 
+import functools
 from typing import Any
 
 import pytest
@@ -28,11 +29,12 @@ def problem(n: int, d: int, v: int, options: dict[str, Any], dtype: torch.dtype)
     z = 2.5 * torch.tanh(z) if options["capped"] else z
     numbers = (z.logsumexp(1), z.gather(1, t[:, None])[:, 0], z.sum(1), (z * mix).sum(1))
     loss = sum((c * number).sum() for c, number in zip(by, numbers, strict=True))
+    numbers = (*numbers, (z.softmax(1) * z).sum(1))
     gradients = torch.autograd.grad(loss, (x, w, b))
     numbers = tuple(number.detach() for number in numbers)
     bias = b.detach() if options["bias"] else None
     common = (x.detach(), w.detach(), bias, t, mix, 0.7, 2.5 if options["capped"] else 0.0, True)
-    return {"common": (*common, NO_INDEX, False), "by": by, "want": (*numbers, *gradients)}
+    return {"common": (*common, NO_INDEX, False, True), "by": by, "want": (*numbers, *gradients)}
 
 
 def assert_close(got: Any, want: Any, tolerance: float) -> None:
@@ -54,17 +56,44 @@ def test_every_plan_equals_autograd(
         p = problem(n, d, v, options, dtype)
         common, by, want = p["common"], list(p["by"]), p["want"]
         numbers = ops.streamed_statistics(*common, block)
-        assert_close(numbers, want[:4], tolerance)
-        found = ops.streamed_gradients(*common, numbers[0], *by, block, ALL)
-        assert_close(found, want[4:], tolerance)
+        assert_close(numbers, want[:5], tolerance)
+        found = ops.streamed_gradients(*common, numbers[0], *by, None, block, ALL)
+        assert_close(found, want[5:], tolerance)
         assert_close(ops.streamed_sweep(*common, *by, None, block, ALL), want, tolerance)
         halved = ops.streamed_sweep(*common, by[0] / 2, *by[1:], by[0] / 2 / want[0], block, ALL)
         assert_close(halved, want, 10 * tolerance)
         if not options["capped"]:
             *numbers, mean = ops.streamed_attention(*common, block)
-            assert_close(numbers, want[:4], tolerance)
+            assert_close(numbers, want[:5], tolerance)
             dx = ops.streamed_attention_gradient(*common, mean, *by)
-            assert_close([dx], want[4:5], tolerance)
+            assert_close([dx], want[5:6], tolerance)
+
+
+@settings(max_examples=40)
+@given(
+    st.integers(1, 9), st.integers(1, 17), OPTIONS, st.integers(1, 20), st.sampled_from([0.1, 1.0, 40.0])
+)
+def test_the_entropy_equals_autograd(
+    n: int, v: int, options: dict[str, bool], block: int, size: float
+) -> None:
+    torch.manual_seed(n + v)
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-5)):
+        p = problem(n, 3, v, options, torch.float64)
+        x, w, bias, t, mix, *rest = p["common"]
+        x, w = ((size * x).requires_grad_(), w.requires_grad_())
+        z = 0.7 * F.linear(x, w, bias)
+        z = 2.5 * torch.tanh(z) if options["capped"] else z
+        entropy = -(z.softmax(1) * z.log_softmax(1)).sum(1)
+        loss = (p["by"][0] * entropy).sum() + (p["by"][1] * z.sum(1)).sum()
+        want = (entropy, *torch.autograd.grad(loss, (x, w)))
+        given_ = [None if a is None else a.detach().to(dtype) for a in (x, w, bias)]
+        common = (*given_, t, mix, *rest)
+        lse, _, _, _, mean = ops.streamed_statistics(*common, block)
+        scale, one = p["by"][:2]  # of -(p z), and of one
+        by = (scale * mean, None, one, None, -scale)
+        dx, dw, _ = ops.streamed_gradients(*common, lse, *by, block, (True, True, False))
+        slack = size if dtype is torch.float32 else 1.0
+        assert_close((lse - mean, dx, dw), [a.detach() for a in want], slack * tolerance)
 
 
 @pytest.mark.parametrize("terms", [(0,), (0, 1), (1, 2), (3,), ()])
@@ -75,8 +104,8 @@ def test_terms_that_are_not_there(terms: tuple[int, ...]) -> None:
     some = [c if i in terms else None for i, c in enumerate(p["by"])]
     lse, *_, mean = ops.streamed_attention(*common, 4)
     for a, b in zip(
-        ops.streamed_gradients(*common, lse, *full, 4, ALL),
-        ops.streamed_gradients(*common, lse, *some, 4, ALL),
+        ops.streamed_gradients(*common, lse, *full, None, 4, ALL),
+        ops.streamed_gradients(*common, lse, *some, None, 4, ALL),
         strict=True,
     ):
         assert torch.allclose(a, b)
@@ -87,10 +116,10 @@ def test_terms_that_are_not_there(terms: tuple[int, ...]) -> None:
 def test_only_the_gradients_that_are_wanted() -> None:
     p = problem(5, 3, 8, {"bias": True, "capped": False, "shared": True}, torch.float64)
     common, by = p["common"], list(p["by"])
-    every = ops.streamed_gradients(*common, p["want"][0].detach(), *by, 3, ALL)
+    every = ops.streamed_gradients(*common, p["want"][0].detach(), *by, None, 3, ALL)
     for wanted in ((True, False, False), (False, True, False), (False, False, True)):
-        one = ops.streamed_gradients(*common, p["want"][0].detach(), *by, 3, wanted)
-        swept = ops.streamed_sweep(*common, *by, None, 2, wanted)[4:]
+        one = ops.streamed_gradients(*common, p["want"][0].detach(), *by, None, 3, wanted)
+        swept = ops.streamed_sweep(*common, *by, None, 2, wanted)[5:]
         for a, b, whole, is_wanted in zip(one, swept, every, wanted, strict=True):
             assert a.numel() == b.numel() == (whole.numel() if is_wanted else 0)
             assert not is_wanted or (torch.allclose(a, whole) and torch.allclose(b, whole))
@@ -100,8 +129,8 @@ def cross_entropy(x: Tensor, w: Tensor, t: Tensor, drop: bool, block: int = 3) -
     """The mean loss and its gradients by a sweep, with ignored rows dropped or masked."""
     counts = (t != -100).double()
     by = counts / counts.sum()
-    common = (x, w, None, t, None, 1.0, 0.0, False, -100, drop)
-    lse, picked, _, _, dx, dw, _ = ops.streamed_sweep(
+    common = (x, w, None, t, None, 1.0, 0.0, False, -100, drop, False)
+    lse, picked, _, _, _, dx, dw, _ = ops.streamed_sweep(
         *common, by, -by, None, None, None, block, (True, True, False)
     )
     loss = torch.where(t != -100, lse - picked, 0.0).sum() / counts.sum()
@@ -145,10 +174,12 @@ def test_large_logits_keep_their_digits(columns: int) -> None:
     x, t = torch.randint(-16, 17, (16, 8)).float(), torch.randint(32, (16,))
     w = torch.randint(-16, 17, (8, 8)).repeat(4, 1) + torch.randint(4, (32, 8)) / 64
     assert F.linear(x, w).max() > 500  # and exact: words come in groups of four close ones
-    common = (x, w, None, t, None, 1.0, 0.0, False, NO_INDEX, False)
-    lse, picked, _, _ = ops.streamed_statistics(*common, columns)
+    common = (x, w, None, t, None, 1.0, 0.0, False, NO_INDEX, False, False)
+    lse, picked, *_ = ops.streamed_statistics(*common, columns)
     by = torch.ones(16, dtype=torch.float64)
-    dx, dw, _ = ops.streamed_gradients(*common, lse, by, -by, None, None, columns, (True, True, False))
+    dx, dw, _ = ops.streamed_gradients(
+        *common, lse, by, -by, None, None, None, columns, (True, True, False)
+    )
     plain = [a.clone().requires_grad_() for a in (x, w)]
     loss = F.cross_entropy(F.linear(*plain), t, reduction="none")
     want = (loss, *torch.autograd.grad(loss.sum(), plain))
@@ -171,10 +202,12 @@ def test_low_precision_is_as_close_as_eager(dtype: torch.dtype, plan: str) -> No
     if plan == "tokens":
         found = cross_entropy(x, w, t, False, block=16)
     else:
-        common = (x, w, None, t, None, 1.0, 0.0, False, -100, False)
-        lse, picked, _, _ = ops.streamed_statistics(*common, 100)
+        common = (x, w, None, t, None, 1.0, 0.0, False, -100, False, False)
+        lse, picked, *_ = ops.streamed_statistics(*common, 100)
         by = torch.full((64,), 1 / 64)
-        dx, dw, _ = ops.streamed_gradients(*common, lse, by, -by, None, None, 100, (True, True, False))
+        dx, dw, _ = ops.streamed_gradients(
+            *common, lse, by, -by, None, None, None, 100, (True, True, False)
+        )
         found = ((lse - picked).mean().float(), dx, dw)
     for mine, theirs, truth in zip(found, eager, want, strict=True):
         errors = [float((a.double() - truth.detach()).norm()) for a in (mine, theirs)]
@@ -206,6 +239,15 @@ def test_statistics_of_parts_merge(widths: list[int], seed: int) -> None:
     assert torch.allclose(found.lse, z.logsumexp(1), rtol=1e-13)
     assert torch.equal(found.picked, z.gather(1, t[:, None])[:, 0])
     assert torch.allclose(found.total, z.sum(1))
+
+
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=5), st.integers(0, 99))
+def test_means_under_the_softmax_of_parts_merge(widths: list[int], seed: int) -> None:
+    torch.manual_seed(seed)
+    z = 30 * torch.randn(4, sum(widths), dtype=torch.float64)
+    parts = (statistics_of(part.clone(), None, expected=True) for part in z.split(widths, 1))
+    found = functools.reduce(Statistics.merge, parts)
+    assert torch.allclose(found.expected, (z.softmax(1) * z).sum(1), rtol=1e-13)
 
 
 def test_a_scaled_gradient_is_written_over_only_where_it_is_freed() -> None:

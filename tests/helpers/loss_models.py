@@ -72,6 +72,28 @@ def _by_hand(z: Tensor, g: Mapping[str, Tensor]) -> Tensor:
     return -logp.gather(-1, safe(g["t"])[:, None]).mean()
 
 
+def _entropy(z: Tensor, g: Mapping[str, Tensor]) -> Tensor:
+    """A policy gradient with a bonus for the entropy."""
+    logp = z.log_softmax(-1)
+    entropy = -(logp.exp() * logp).sum(-1)
+    picked = logp.gather(-1, safe(g["t"])[:, None])[:, 0]
+    return -(picked * g["q"][:, 0]).mean() - 0.1 * (entropy * g["q"][:, 1]).mean()
+
+
+def _entropy_of_probabilities(z: Tensor, g: Mapping[str, Tensor]) -> Tensor:
+    return (z.softmax(-1) * z.log_softmax(-1)).sum(-1).square().mean()
+
+
+def _entropy_of_logits(z: Tensor, g: Mapping[str, Tensor]) -> Tensor:
+    """The log-sum-exp less the mean of the logits."""
+    return (z.logsumexp(-1) - (z.softmax(-1) * z).sum(-1)).sum() + F.cross_entropy(z, g["t"])
+
+
+def _capped_entropy(z: Tensor, g: Mapping[str, Tensor]) -> Tensor:
+    logp = (torch.tanh(z / 3.0) * 3.0).log_softmax(-1)
+    return (logp.exp() * logp).sum()
+
+
 FORMS: dict[str, Loss] = {
     "mean": lambda z, g: F.cross_entropy(z, g["t"]),
     "sum": lambda z, g: F.cross_entropy(z, g["t"], reduction="sum"),
@@ -91,5 +113,9 @@ FORMS: dict[str, Loss] = {
     "difference": _difference,
     "by hand": _by_hand,
     "log-likelihood": lambda z, g: F.nll_loss(z.log_softmax(-1), g["t"]),
+    "entropy": _entropy,
+    "entropy of probabilities": _entropy_of_probabilities,
+    "entropy of logits": _entropy_of_logits,
+    "capped entropy": _capped_entropy,
     "added bias": lambda z, g: F.cross_entropy(z + g["w"], g["t"]),
 }

@@ -30,7 +30,8 @@ from graphopt.verify import verify
 
 CPU = get_device("cpu-generic")
 # The softmax coefficients of these depend on the logits in a way that no pass over tokens knows.
-NOT_BY_TOKENS = {"none", "preference"}
+ENTROPIES = {form for form in FORMS if "entropy" in form}
+NOT_BY_TOKENS = {"none", "preference", *ENTROPIES}
 
 
 @functools.cache
@@ -79,14 +80,14 @@ def test_every_form_in_every_variant(form: str, frozen: bool) -> None:
             continue
         result = StreamLoss().apply(program, plan)
         verify(result, before=program)
-        own = [n for n in wide(result) if "probabilities" not in form]
+        own = [n for n in wide(result) if not form.startswith("probabilities")]
         assert not own, f"{variant} still makes {own}"
         for run in (run_joint, run_split):
             assert_close(run(result, values), want)
         ran.append(variant)
     expected = {"vocabulary"}
     expected |= set() if form in NOT_BY_TOKENS else {"tokens"}
-    expected |= {"frozen"} if frozen and form != "soft cap" else set()
+    expected |= {"frozen"} if frozen and form not in {"soft cap", *ENTROPIES} else set()
     assert set(ran) == expected
 
 
@@ -100,6 +101,7 @@ OPTIONS = st.fixed_dictionaries(
         "inner": st.sampled_from([1.0, 0.3]),
         "cap": st.sampled_from([0.0, 4.0]),
         "z_loss": st.booleans(),
+        "entropy": st.booleans(),
         "bias": st.booleans(),
     }
 )
@@ -121,6 +123,9 @@ def loss_with(o: Mapping[str, Any]) -> Any:
             label_smoothing=o["smoothing"],
         )
         found = (found * g["w"][:N]).sum() if o["reduction"] == "none" else found
+        if o["entropy"]:
+            logp = z.log_softmax(-1)
+            found = found - 0.1 * (g["w"][:N] * -(logp.exp() * logp).sum(-1)).sum()
         return found + 1e-2 * z.logsumexp(-1).square().mean() if o["z_loss"] else found
 
     return loss
