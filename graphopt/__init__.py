@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from graphopt.api import OptimizedModule, optimize
     from graphopt.cost_models.devices import GB, Cluster, Device, GiB
+    from graphopt.cost_models.link_file import read_links
     from graphopt.errors import CodegenError, GraphoptError, PlanError, TraceError, VerifyError
     from graphopt.measurement import measure
     from graphopt.passes.calibration import calibration_gradients
@@ -54,6 +55,7 @@ __all__ = [
     "calibration_gradients",
     "measure",
     "optimize",
+    "read_links",
     "trace",
 ]
 
@@ -88,6 +90,7 @@ _LAZY = {
     "calibration_gradients": "graphopt.passes.calibration",
     "measure": "graphopt.measurement",
     "optimize": "graphopt.api",
+    "read_links": "graphopt.cost_models.link_file",
     "trace": "graphopt.tracing",
 }
 

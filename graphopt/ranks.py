@@ -63,6 +63,13 @@ def check_same(groups: Sequence[str], rows: Sequence[str], what: str) -> None:
         raise PlanError(f"{what} differ between ranks: {_difference(every[0], every[other], other)}")
 
 
+def agree(groups: Sequence[str], rows: Sequence[str], what: str) -> bool:
+    """True on every rank of the groups where `rows` (lines of text) are the same on all of them."""
+    digest = hashlib.sha256("\n".join(rows).encode()).hexdigest()
+    sets = [set(_gathered(group, digest, what)) for group in groups if is_real(group)]
+    return not any(largest(groups, [any(len(digests) > 1 for digests in sets)], what))
+
+
 def largest(groups: Sequence[str], numbers: Sequence[float], what: str) -> list[float]:
     """Of each number the largest on any rank of the groups; all ranks pass equally many."""
     found = list(numbers)

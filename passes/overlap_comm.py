@@ -2,7 +2,8 @@
 
 The program becomes a task graph of channels (`graphopt.cost_models.program_tasks`); a portfolio of list
 schedules and a search look for the fastest order within the memory (`graphopt.passes.overlap_search`).
-Only the order changes, and all ranks plan with the same costs: those of the slowest.
+Where that pays, operators run on parts of the batch (`graphopt.passes.batch_split`), so that the transfer
+of one part is beside the computing of another. All ranks plan with the costs of the slowest.
 """
 
 import math
@@ -24,6 +25,9 @@ from graphopt.cost_models.task_graph import COMPUTE, TaskGraph
 from graphopt.cost_models.values import output_tensors
 from graphopt.errors import PlanError
 from graphopt.passes.base import Pass
+from graphopt.passes.batch_choice import CannotSplit, agreed_cut
+from graphopt.passes.batch_rules import Batch
+from graphopt.passes.batch_split import cut
 from graphopt.passes.budget import Budget, check_budget, resolve_budget
 from graphopt.passes.exposure import exposures
 from graphopt.passes.overlap_order import reordered
@@ -35,6 +39,7 @@ from graphopt.ranks import check_same, groups_of, is_real, largest, size_of
 # Of a link that nobody measured: 100 Gbit/s of InfiniBand, 4 us a hop (torch/_inductor/comm_analysis.py).
 _UNKNOWN_LINK = (12.5e9, 4e-6, "torch/_inductor/comm_analysis.py")
 _TOP = 12  # transfers that the table shows
+_SPLIT_GAIN = 0.02  # of the time: for less the batch stays whole
 Row = tuple[str, str, int, float, str, float, float, str]
 
 
@@ -47,6 +52,9 @@ class OverlapPlan(Plan):
     the captured order, and in this one; the reason for the latter. No order takes less than
     `bound_seconds` (without contention). Peaks are of the step, operators that overwrite their operands
     not considered; `memory_bytes` bounds that of this order.
+
+    With `parts` > 1 the operators named by `cut` run on so many parts of the `batch` of samples, and
+    `order` and `transfers` are those of the program that this makes. `remark` says why it is cut or not.
     """
 
     order: tuple[str, ...]
@@ -59,6 +67,10 @@ class OverlapPlan(Plan):
     memory_bytes: int | None
     contention: float
     found_by: tuple[str, ...]
+    batch: int = 1
+    parts: int = 1
+    cut: tuple[str, ...] = ()
+    remark: str = ""
 
     @property
     def gap(self) -> float:
@@ -69,9 +81,10 @@ class OverlapPlan(Plan):
         if not self.transfers:
             return "no transfers: the order stays"
         exposed = [sum(row[i] for row in self.transfers) for i in (5, 6)]  # type: ignore[misc]
+        split = f" of {self.parts} parts of the batch" if self.parts > 1 else ""
         return (
-            f"{len(self.transfers)} transfers, exposed {_ms(exposed[1])} instead of {_ms(exposed[0])}; "
-            f"step {_ms(self.seconds)} instead of {_ms(self.seconds_before)}, "
+            f"{len(self.transfers)} transfers{split}, exposed {_ms(exposed[1])} instead of "
+            f"{_ms(exposed[0])}; step {_ms(self.seconds)} instead of {_ms(self.seconds_before)}, "
             f"{self.gap:.2f} x the bound; peak {format_bytes(self.peak_bytes)} instead of "
             f"{format_bytes(self.peak_bytes_before)}"
         )
@@ -86,6 +99,7 @@ class OverlapPlan(Plan):
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         padded = ("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in lines)
         more = [f"and {len(rows) - _TOP} more"] if len(rows) > _TOP else []
+        more += [self.remark] if self.remark else []
         return "\n".join([*(line.rstrip() for line in padded), *more]) if rows else ""
 
 
@@ -103,6 +117,12 @@ class OverlapComm(Pass):
     transfers take; None measures them on the process groups of the program. The search is the same for
     the same `seed`, and ends within `gap` of the lower bound. Every rank of the groups has to plan the
     same program at the same time.
+
+    `split` says into how many parts the batch is cut: 1 leaves it whole, None takes 2 where the cost
+    model promises a gain; the plan's remark says why. Operators that sum over the batch, such as the
+    gradients of weights, run on the whole of it. With `exact` so does what this machine rounds otherwise
+    on a part, so that results are the same bits where two ranks add; among more of them the order in
+    which a collective adds may depend on how much it adds.
     """
 
     name: ClassVar[str] = "overlap-comm"
@@ -111,6 +131,8 @@ class OverlapComm(Pass):
     links: LinkCosts | None = None
     seed: int = 0
     gap: float = GAP
+    split: int | None = None
+    exact: bool = True
 
     def __post_init__(self) -> None:
         check_budget(self.memory)
@@ -118,24 +140,80 @@ class OverlapComm(Pass):
             raise PlanError('memory="min" names no order; write memory=1.0 for no more than now')
         if not 1 <= self.gap < math.inf:
             raise PlanError(f"gap={self.gap!r} is not a multiple of the bound of at least 1")
+        if self.split is not None and (not isinstance(self.split, int) or self.split < 1):
+            raise PlanError(f"split={self.split!r} is no number of parts of at least 1")
 
     def plan(self, program: Program, costs: Costs) -> OverlapPlan:
         """The order of the operators; PlanError on all ranks where they do not plan the same."""
         if costs.fused:
             raise PlanError('Inductor orders operators itself: overlap-comm needs compiler="eager"')
         groups, nodes = groups_of(program), list(program.operators())
-        check_same(groups, [repr((self.memory, self.seed, self.gap)), *map(_line, nodes)], "the graphs")
-        timings, seconds = self._agreed(nodes, groups, costs)
+        options = repr((self.memory, self.seed, self.gap, self.split, self.exact))
+        check_same(groups, [options, *map(_line, nodes)], "the graphs")
+        links = self._links(nodes, groups, costs.device)
+        plan = self._ordered(program, costs, links)
+        if self.split == 1 or not plan.transfers:
+            return plan
+        try:
+            split = self._split(program, costs, links, plan)
+        except CannotSplit as reason:
+            if self.split is not None:
+                raise PlanError(f"split={self.split}: {reason}") from reason
+            return replace(plan, remark=f"the batch stays whole: {reason}")
+        if self.split is None and split.seconds > (1 - _SPLIT_GAIN) * plan.seconds:
+            return replace(plan, remark=f"the batch stays whole: {split.remark}")
+        return split
+
+    def _split(
+        self, program: Program, costs: Costs, links: dict[str, LinkCosts], plain: OverlapPlan
+    ) -> OverlapPlan:
+        """The plan on parts of the batch; raises CannotSplit, as all ranks do."""
+        found = agreed_cut(program, self.split or 2, groups_of(program), exact=self.exact)
+        new = costs.with_nodes(found.program.graph.nodes)
+        try:
+            plan = self._ordered(found.program, new, links, plain.memory_bytes)
+        except PlanError as error:
+            if error.reachable_bytes is None:
+                raise
+            raise CannotSplit(f"in parts, {error}") from error
+        remark = f"predicted are {_ms(plan.seconds)} in {found.batch.parts} parts of {found.batch.size}"
+        remark += f" samples, {_ms(plain.seconds)} otherwise"
+        if found.rounding:
+            remark += f"; {len(found.rounding)} operators stay whole, as they round otherwise on a part"
+        return replace(
+            plan,
+            seconds_before=plain.seconds_before,
+            peak_bytes_before=plain.peak_bytes_before,
+            batch=found.batch.size,
+            parts=found.batch.parts,
+            cut=found.names,
+            remark=remark,
+        )
+
+    def _ordered(
+        self,
+        program: Program,
+        costs: Costs,
+        links: dict[str, LinkCosts],
+        memory_bytes: int | None = None,
+    ) -> OverlapPlan:
+        """The plan for `program` as it is, within `memory_bytes` or what the pass may take."""
+        groups, nodes = groups_of(program), list(program.operators())
+        check_same(groups, [*map(_line, nodes)], "the graphs")
+        timings, seconds = _agreed(nodes, groups, costs, links)
         graphs = [_agreed_bytes(g, costs, groups) for g in task_graphs(program, seconds)]
         before = [run_order(g, range(len(g.tasks))) for g in graphs]
-        limit = self._limit(max(run.peak_bytes for run in before), costs.device, groups)
+        peak = max(run.peak_bytes for run in before)
+        limit = memory_bytes or self._limit(peak, costs.device, groups)
         found = [schedule(g, memory_bytes=limit, seed=self.seed, gap=self.gap) for g in graphs]
         plan = _plan(before, found, limit, timings, {n.name: n for n in nodes})
         check_same(groups, plan.order, "the planned orders")
         return plan
 
     def apply(self, program: Program, plan: OverlapPlan) -> Program:
-        """The program with its operators in the order of `plan`."""
+        """The program on the parts of the batch, with its operators in the order of `plan`."""
+        if plan.parts > 1:
+            program = cut(program, Batch(plan.batch, plan.parts), plan.cut).program
         return reordered(program, plan.order)
 
     def _limit(self, peak: int, device: Device, groups: Sequence[str]) -> int:
@@ -143,26 +221,10 @@ class OverlapComm(Pass):
         own = resolve_budget(self.memory, peak) or max(peak, device.memory_bytes)
         return -int(largest(groups, [-own], "the memory")[0])
 
-    def _agreed(
-        self, nodes: Sequence[fx.Node], groups: Sequence[str], costs: Costs
-    ) -> tuple[dict[str, Timing], NodeSeconds]:
-        """What each transfer, and each operator, takes on the slowest rank."""
-        links = self._links(nodes, groups, costs.device)
-        timings = {n.name: _timing(n, links) for n in nodes if channel_of(n) != COMPUTE}
-        own = [timings[n.name].seconds if n.name in timings else _seconds(n, costs) for n in nodes]
-        shares = [links[group].contention for group in groups]
-        numbers = largest(groups, [*own, *shares], "the costs")
-        by_name = {n.name: number for n, number in zip(nodes, numbers, strict=False)}
-        channels = {channel_of(n) for n in nodes if n.name in timings}
-        contention = {f"group {g}": k for g, k in zip(groups, numbers[len(nodes) :], strict=True)}
-        used = {channel: k for channel, k in contention.items() if channel in channels}
-        agreed = {name: Timing(by_name[name], t.source) for name, t in timings.items()}
-        return agreed, NodeSeconds(by_name, costs.workspace_bytes, used)
-
     def _links(
         self, nodes: Sequence[fx.Node], groups: Sequence[str], device: Device
     ) -> dict[str, LinkCosts]:
-        """The costs of each group: given, measured, or of a link that nobody knows."""
+        """The costs of each group: given, measured (of parts, too), or of a link that nobody knows."""
         starts = [n for n in nodes if collective_of(n) is not None]
         sizes = largest(groups, [put_in_bytes(n) for n in starts], "the sizes of collectives")
         found = {}
@@ -172,7 +234,8 @@ class OverlapComm(Pass):
             for node, nbytes in zip(starts, sizes, strict=True):
                 transfer = ops.transfer_of(node)
                 if transfer is not None and transfer.group == group:
-                    wanted.setdefault(transfer.kind, []).append(int(nbytes))
+                    parts = {1, self.split or 2}
+                    wanted.setdefault(transfer.kind, []).extend(int(nbytes) // n for n in parts)
             if self.links is not None:
                 found[group] = self.links
             elif is_real(group):
@@ -180,6 +243,22 @@ class OverlapComm(Pass):
             else:
                 found[group] = LinkCosts(cluster)
         return found
+
+
+def _agreed(
+    nodes: Sequence[fx.Node], groups: Sequence[str], costs: Costs, links: dict[str, LinkCosts]
+) -> tuple[dict[str, Timing], NodeSeconds]:
+    """What each transfer, and each operator, takes on the slowest rank."""
+    timings = {n.name: _timing(n, links) for n in nodes if channel_of(n) != COMPUTE}
+    own = [timings[n.name].seconds if n.name in timings else _seconds(n, costs) for n in nodes]
+    shares = [links[group].contention for group in groups]
+    numbers = largest(groups, [*own, *shares], "the costs")
+    by_name = {n.name: number for n, number in zip(nodes, numbers, strict=False)}
+    channels = {channel_of(n) for n in nodes if n.name in timings}
+    contention = {f"group {g}": k for g, k in zip(groups, numbers[len(nodes) :], strict=True)}
+    used = {channel: k for channel, k in contention.items() if channel in channels}
+    agreed = {name: Timing(by_name[name], t.source) for name, t in timings.items()}
+    return agreed, NodeSeconds(by_name, costs.workspace_bytes, used)
 
 
 def _agreed_bytes(graph: TaskGraph, costs: Costs, groups: Sequence[str]) -> TaskGraph:

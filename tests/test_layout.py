@@ -31,8 +31,8 @@ MODULE_FLOORS = {
     **dict.fromkeys(["report", "runtime", "terminal", "zoo"], 4),
     **dict.fromkeys(["analysis", "chart", "comparison", "graph_report", "listings"], 4),
     **dict.fromkeys(["module_report", "numerics", "report_text", "timeline"], 4),
-    **dict.fromkeys(["skip_command", "skip_report"], 4),
     **dict.fromkeys(["cache_rows", "draft_length", "speculative", "speculative_rounds"], 4),
+    **dict.fromkeys(["calibrate_command", "skip_command", "skip_report"], 4),
 }
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60

@@ -29,7 +29,7 @@ from graphopt.ranks import check_same, largest
 
 collectives: Any = torch.ops._c10d_functional
 CLUSTER = Cluster(GENERIC_CPU, 2, 50e6, 20e-6, "a link that is worth hiding")
-PASS = OverlapComm(links=LinkCosts(CLUSTER))
+PASS = OverlapComm(links=LinkCosts(CLUSTER), split=1)
 
 
 class Branches(nn.Module):
@@ -189,7 +189,9 @@ def refusals(rank: int, group: str) -> dict[str, list[str]]:
 
     return {
         "graph": refusal(other_model),
-        "options": refusal(lambda: step(Branches(group), [OverlapComm(links=PASS.links, seed=rank)], x)),
+        "options": refusal(
+            lambda: step(Branches(group), [OverlapComm(links=PASS.links, seed=rank, split=1)], x)
+        ),
         "order": refusal(lambda: check_same([group], ["a", "b", str(rank)], "the planned orders")),
         "length": refusal(lambda: check_same([group], ["a"] * (1 + rank), "the graphs")),
     }
@@ -209,13 +211,13 @@ def work(rank: int, folder: str) -> None:
     slower = LinkCosts(Cluster(GENERIC_CPU, 2, 50e6 / (1 + rank), 20e-6, "slower on rank 1"))
     plain, _ = step(branches, [], inputs)
     uneven, rows = Uneven(group), {**inputs, "rows": torch.randn(4 + 9 * rank, 32)}
-    tight = OverlapComm(links=PASS.links, memory=1.0)
+    tight = OverlapComm(links=PASS.links, memory=1.0, split=1)
     model, text = llama(mesh), {"input_ids": ids, "labels": ids}
     found: dict[str, Any] = {
         "llama": compared(model, PASS, text, step(model, [], text)[0]),
         "branches": compared(branches, PASS, inputs, plain),
-        "measured": compared(branches, OverlapComm(), inputs, plain),
-        "slower": compared(branches, OverlapComm(links=slower), inputs, plain),
+        "measured": compared(branches, OverlapComm(split=1), inputs, plain),
+        "slower": compared(branches, OverlapComm(links=slower, split=1), inputs, plain),
         "uneven": compared(uneven, tight, rows, step(uneven, [], rows)[0]),
         "refused": refusals(rank, group),
         "as planned": runs_as_planned(branches, inputs),

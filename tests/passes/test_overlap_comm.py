@@ -52,7 +52,7 @@ def program() -> Iterator[Program]:
 
 def planned(program: Program, **options: Any) -> OverlapPlan:
     costs = Costs.of(program, GENERIC_CPU)
-    return OverlapComm(**{"links": LINKS, **options}).plan(program, costs)
+    return OverlapComm(**{"links": LINKS, "split": 1, **options}).plan(program, costs)
 
 
 def test_the_golden_text(program: Program, request: pytest.FixtureRequest) -> None:
