@@ -12,6 +12,7 @@ from typing import Any
 
 from torch._inductor import memory
 from torch._inductor.codegen.cpp import OuterLoopFusedSchedulerNode
+from torch._inductor.ir import NonOwningLayout
 from torch._inductor.scheduler import BaseSchedulerNode, FusedSchedulerNode, SchedulerNode
 from torch._inductor.virtualized import V
 from torch.utils._ordered_set import OrderedSet
@@ -109,7 +110,32 @@ def _buffers(nodes: Nodes, copies: Mapping[str, int]) -> list[memory.BufferInfo]
     for name, buffer in given.items():  # Inductor counts a broadcast operand as often as it is read
         buffer.mpi_buffer.size_free = _nbytes(V.graph.graph_inputs[name])
     outputs = OrderedSet(V.graph.get_output_names())
-    return [*memory.compute_memory_timeline(nodes, given, outputs)[0], *copied]
+    made = memory.compute_memory_timeline(nodes, given, outputs)[0]
+    _count_parts_as_wholes(made)
+    return [*made, *copied]
+
+
+def _count_parts_as_wholes(buffers: Iterable[memory.BufferInfo]) -> None:
+    """What is written into its place in a concatenation has no memory of its own.
+
+    The whole is there from its first part on, and as long as one of them is read.
+    """
+    lives = {b.buffer.get_name(): b for b in buffers}
+    for life in lives.values():
+        whole = _whole_of(life, lives)
+        if whole is not life:
+            life.size_alloc = life.size_free = 0
+            whole.start_step = min(whole.start_step, life.start_step)
+            stays = min(whole.end_step, life.end_step) < 0
+            whole.end_step = -1 if stays else max(whole.end_step, life.end_step)
+
+
+def _whole_of(life: memory.BufferInfo, lives: Mapping[str, memory.BufferInfo]) -> memory.BufferInfo:
+    layout = getattr(getattr(life.buffer, "node", None), "layout", None)
+    if not isinstance(layout, NonOwningLayout):
+        return life
+    whole = lives.get(layout.view.get_name())
+    return life if whole is None else _whole_of(whole, lives)
 
 
 def _stays_inside(buffer: memory.BufferInfo, nodes: Nodes) -> bool:
