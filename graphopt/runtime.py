@@ -1,6 +1,7 @@
 """The backend that torch.compile calls: capture, passes, and the two modules that run."""
 
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -132,6 +133,7 @@ class Backend:
             graph = _Graph(self.settings, self.log, frame, margin)
             compiled = compile_with_inductor(module, example_inputs, graph)
             if graph.excess_bytes <= 0:
+                graph.settled = True
                 return graph, compiled
             margin += graph.excess_bytes
             del self.log.records[logged:]
@@ -149,6 +151,7 @@ class _Graph:
         self.log = log
         self.frame = frame
         self.margin_bytes = margin_bytes
+        self.settled = False  # what is compiled later, at its first call, cannot change the plan
         self.unlikely: frozenset[str] = frozenset()
         self.full_backward: fx.GraphModule | None = None
         self.accumulation = Accumulation(())
@@ -233,6 +236,12 @@ class _Graph:
         peak = max(self._logged.compiled_peak_bytes or 0, self._logged.static_bytes + peak_bytes)
         assert self.record is not None
         self.log.records[self.record] = replace(self._logged, compiled_peak_bytes=peak)
+        if self.settled and self.excess_bytes:
+            warnings.warn(
+                f"the backward as Inductor runs it is {format_bytes(self.excess_bytes)} over the budget; "
+                "compiler='eager' keeps to it",
+                stacklevel=2,
+            )
 
     @property
     def excess_bytes(self) -> int:

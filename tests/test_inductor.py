@@ -156,6 +156,15 @@ def test_a_plan_that_inductor_cannot_keep_to_is_made_again_with_less_room(
 
 
 @needs_compiler
+def test_a_backward_over_its_budget_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    optimized = optimize(Tied(words=64, width=16, depth=2), memory=0.8, compiler="inductor")
+    loss = optimized(torch.randint(0, 64, (8, 64)))
+    monkeypatch.setattr("graphopt.inductor_memory._scratch", lambda *_: 10**6)
+    with pytest.warns(UserWarning, match="over the budget"):
+        loss.backward()
+
+
+@needs_compiler
 def test_a_budget_that_inductor_never_meets_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("graphopt.inductor_memory._scratch", lambda *_: 10**6)
     optimized = optimize(Tied(words=64, width=16, depth=2), memory=0.8, compiler="inductor")
