@@ -1,18 +1,14 @@
 """`graphopt calibrate`: what two ranks measure and write, and its messages."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from ranks import run_python
 
 from graphopt import read_links
 from graphopt.cli import main
 from graphopt.cost_models.collectives import KINDS, Collective
-
-ROOT = Path(__file__).resolve().parent.parent
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
 
@@ -20,14 +16,7 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="to
 def test_two_ranks(tmp_path: Path) -> None:
     file = tmp_path / "links.json"
     start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "graphopt"]
-    run = subprocess.run(
-        [sys.executable, *start, "calibrate", "--backend", "gloo", "--json", str(file)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
+    run = run_python(*start, "calibrate", "--backend", "gloo", "--json", str(file))
     links = read_links(file)
     assert set(links.samples) == set(KINDS) and 0 <= links.contention <= 1
     assert all(

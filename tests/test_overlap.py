@@ -1,16 +1,10 @@
 """Models split over two gloo ranks give the same bits in the planned order, on all ranks or on none."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-ROOT = Path(__file__).resolve().parent.parent
+from ranks import found_by
 
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
@@ -19,17 +13,7 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="to
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """What two ranks found."""
-    folder = tmp_path_factory.mktemp("ranks")
-    worker = ROOT / "tests" / "helpers" / "overlap_worker.py"
-    run = subprocess.run(
-        [sys.executable, str(worker), str(folder)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    return json.loads((folder / "results.json").read_text())
+    return found_by("overlap_worker", tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("model", ["llama", "branches", "measured", "slower", "uneven"])

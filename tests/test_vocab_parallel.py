@@ -1,20 +1,14 @@
 """A vocabulary split over gloo processes gives the losses and gradients of one process."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from ranks import found_by
 
 from graphopt.cost_models.split_vocab import exchanges
 from graphopt.vocab_exchange import SplitSizes, Way
 from graphopt.vocab_loss import LossOptions
-
-ROOT = Path(__file__).resolve().parent.parent
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
 
@@ -22,17 +16,8 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="to
 @pytest.fixture(scope="module", params=[2, 4], ids=["2 ranks", "4 ranks"])
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """What the ranks found, and how many they were."""
-    folder = tmp_path_factory.mktemp("ranks")
-    worker = ROOT / "tests" / "helpers" / "split_vocab_worker.py"
-    run = subprocess.run(
-        [sys.executable, str(worker), str(request.param), str(folder)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    return {"ranks": request.param, **json.loads((folder / "results.json").read_text())}
+    results = found_by("split_vocab_worker", tmp_path_factory.mktemp("ranks"), str(request.param))
+    return {"ranks": request.param, **results}
 
 
 def test_every_option_is_exact(found: Any) -> None:

@@ -9,7 +9,6 @@ import json
 import os
 import sys
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from overlap_worker import PASS, Summed, collectives, llama, refusal, step
+from ranks import join
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -129,9 +129,7 @@ def inference(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Any]:
 
 def work(rank: int, folder: str) -> None:
     """One rank."""
-    torch.set_num_threads(1)
-    store = dist.FileStore(f"{folder}/store", 2)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    join(rank, folder)
     mesh = init_device_mesh("cpu", (2,))
     group = mesh.get_group().group_name
     torch.manual_seed(0)

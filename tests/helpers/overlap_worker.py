@@ -9,13 +9,13 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from ranks import join
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -199,9 +199,7 @@ def refusals(rank: int, group: str) -> dict[str, list[str]]:
 
 def work(rank: int, folder: str) -> None:
     """One rank."""
-    torch.set_num_threads(1)
-    store = dist.FileStore(f"{folder}/store", 2)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    join(rank, folder)
     mesh = init_device_mesh("cpu", (2,))
     group = mesh.get_group().group_name
     torch.manual_seed(0)

@@ -9,7 +9,6 @@ import copy
 import json
 import sys
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from ranks import join
 from split_vocab_worker import refusal
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -171,10 +171,7 @@ def refusals(mesh: DeviceMesh) -> dict[str, str]:
 
 def work(rank: int, folder: str) -> None:
     """One rank."""
-    torch.set_num_threads(1)
-    store = dist.FileStore(f"{folder}/store", 2)
-    wait = timedelta(seconds=60)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=wait)
+    join(rank, folder)
     mesh = init_device_mesh("cpu", (2,))
     found = {
         "untied": model_case(mesh, False),

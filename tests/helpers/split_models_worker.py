@@ -9,7 +9,6 @@ import copy
 import json
 import sys
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import transformers
+from ranks import join
 from split_vocab_worker import Counter, refusal
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -175,10 +175,7 @@ def refusals(mesh: DeviceMesh) -> dict[str, str]:
 
 def work(rank: int, folder: str) -> None:
     """One rank."""
-    torch.set_num_threads(1)
-    store = dist.FileStore(f"{folder}/store", 2)
-    wait = timedelta(seconds=60)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=wait)
+    join(rank, folder)
     mesh = init_device_mesh("cpu", (2,))
     ways = [None, *ALGORITHMS, None]
     found: dict[str, Any] = {

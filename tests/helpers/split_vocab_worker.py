@@ -9,7 +9,6 @@ import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from ranks import join
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -344,10 +344,7 @@ def ends(shard: Shard) -> Any:
 
 def work(rank: int, ranks: int, folder: str) -> None:
     """One rank."""
-    torch.set_num_threads(1)
-    store = dist.FileStore(f"{folder}/store", ranks)
-    wait = timedelta(seconds=60)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=wait)
+    join(rank, folder, ranks)
     shard = Shard.on_mesh(V, init_device_mesh("cpu", (ranks,)))
     large = Shard.on_mesh(999, init_device_mesh("cpu", (ranks,)))
     found = {case.__name__: case(shard) for case in (options, probable, repeats, counted, edges, ends)}

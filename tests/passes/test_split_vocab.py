@@ -1,16 +1,10 @@
 """Language models whose vocabulary is split over two gloo processes train as plain ones do."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-ROOT = Path(__file__).resolve().parent.parent.parent
+from ranks import found_by
 
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
@@ -27,17 +21,7 @@ HALVES = {
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """What two ranks found."""
-    folder = tmp_path_factory.mktemp("models")
-    worker = ROOT / "tests" / "helpers" / "split_models_worker.py"
-    run = subprocess.run(
-        [sys.executable, str(worker), str(folder)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    return json.loads((folder / "results.json").read_text())
+    return found_by("split_models_worker", tmp_path_factory.mktemp("models"))
 
 
 @pytest.mark.parametrize("model", HALVES)
