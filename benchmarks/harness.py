@@ -249,7 +249,7 @@ def prediction(optimized: Any) -> dict[str, Any]:
     """What the one training graph of `optimized` was planned to need, and how it was counted."""
     found = [r for r in records(optimized) if r.before.is_joint]
     plan = found[-1].steps[-1].plan
-    static = found[-1].costs.dataflow(found[-1].before).static_bytes
+    static = found[-1].static_bytes
     return {
         "graphs": len(found),
         "static_bytes": static,

@@ -113,7 +113,7 @@ def cell(name: str, size: int, budget: Any) -> dict[str, Any]:
         return found | {"error": str(error)}
     found["peak"] = measure(lambda: logits(ours, image)).peak_bytes
     record = records(ours)[-1]
-    plan, static = record.steps[-1].plan, record.costs.dataflow(record.before).static_bytes
+    plan, static = record.steps[-1].plan, record.static_bytes
     ratio = interleaved(lambda: logits(model, image), lambda: logits(ours, image), ROUNDS, 1)
     return found | {
         "predicted_peak": plan.peak_bytes - static,

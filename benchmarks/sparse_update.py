@@ -196,7 +196,7 @@ def step_bytes(model: nn.Module, batch: Batch, pass_: SparseUpdate = ALL) -> int
     ours.zero_grad(set_to_none=True)
     peak = measure(lambda: ours(*batch).backward()).peak_bytes
     record = records(ours)[-1]
-    static = record.costs.dataflow(record.before).static_bytes
+    static = record.static_bytes
     return int(static + record.steps[0].plan.state_bytes + peak)
 
 

@@ -140,7 +140,7 @@ def predicted_of(module: nn.Module) -> int | None:
     if not hasattr(module, "_graphopt"):
         return None
     record = module._graphopt.log.records[-1]
-    return int(record.steps[-1].plan.peak_bytes - record.costs.dataflow(record.before).static_bytes)
+    return int(record.steps[-1].plan.peak_bytes - record.static_bytes)
 
 
 def compare(case: Case, rounds: int) -> list[dict[str, Any]]:

@@ -56,7 +56,7 @@ def compare(name: str, vocabulary: int, compiler: str) -> dict[str, Any]:
         error = abs(run_step(ours, batch) - loss) / loss
         peak = peak_of(ours, batch).peak
         planned = [r for r in records(ours) if r.before.is_joint][-1]
-        static = planned.costs.dataflow(planned.before).static_bytes
+        static = planned.static_bytes
         predicted = planned.compiled_peak_bytes or planned.steps[-1].plan.peak_bytes
         off = predicted / (static + peak) - 1
         plan = [list(head) for head in getattr(planned.steps[0].plan, "heads", ())]

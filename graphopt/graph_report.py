@@ -13,7 +13,7 @@ from graphopt.cost_models.memory import NO_PRODUCER, Dataflow
 from graphopt.origin import Origin, format_seconds, operator_name, origin_of
 from graphopt.passes.checkpoint_choice import everything, holding_outputs
 from graphopt.passes.replay import RECOMPUTE_OF
-from graphopt.program import Program, Role, leaves, tensors_of
+from graphopt.program import Program, Role, bytes_behind, leaves, tensors_of
 from graphopt.runtime import GraphRecord
 from graphopt.timeline import MemoryTimeline, memory_timeline
 
@@ -222,7 +222,7 @@ def _inputs(program: Program) -> tuple[InputFact, ...]:
     for item in program.inputs:
         tensor = next(iter(tensors_of(nodes[item.name])), None)
         if item.role is Role.INPUT and tensor is not None:
-            nbytes = sum(leaf.nbytes for leaf in leaves(nodes[item.name]))
+            nbytes = bytes_behind(nodes[item.name])
             name = f"argument {item.label}" if item.label.isdigit() else item.label
             found.append(InputFact(name, *_shape_and_dtype(tensor), nbytes))
     return tuple(found)

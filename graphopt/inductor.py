@@ -12,7 +12,7 @@ from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from graphopt.cost_models.nodes import runs_kernel
 from graphopt.inductor_memory import Half
 from graphopt.ops import is_elementwise
-from graphopt.program import leaves
+from graphopt.program import bytes_behind, leaves
 
 aten = torch.ops.aten
 # The order is the plan's. A freed buffer that waits to be used again would stay allocated meanwhile.
@@ -87,7 +87,7 @@ def keep_places(part: fx.GraphModule) -> None:
         if is_elementwise(node) and last.get(node, 0) > here + 1:
             operands = dict.fromkeys(map(_owner, node.all_input_nodes))
             dying = (n for n in operands if last[n] == here and not n.name.startswith("primals"))
-            if sum(map(_nbytes, dying)) > _nbytes(node):
+            if sum(map(bytes_behind, dying)) > bytes_behind(node):
                 node.meta["inductor_realize_to_strides"] = True
         if node.target is aten.add.Tensor:
             for product in node.all_input_nodes:
@@ -121,10 +121,6 @@ def _owner(node: fx.Node) -> fx.Node:
     while node.op == "call_function" and len(found := leaves(node)) == 1 and found[0].alias:
         node = node.all_input_nodes[found[0].alias[0]]
     return node
-
-
-def _nbytes(node: fx.Node) -> int:
-    return sum(leaf.nbytes for leaf in leaves(node))
 
 
 class _Partitioner(CustomPartitionerFn):

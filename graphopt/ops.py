@@ -169,7 +169,7 @@ class Transfer(NamedTuple):
 
 def transfer_of(node: fx.Node) -> Transfer | None:
     """The transfer that `node` starts, to be ended by the nodes for which `is_wait` holds."""
-    entry = _STARTS.get(_schema_name(node.target))
+    entry = _STARTS.get(schema_name(node.target))
     if entry is None:
         return None
     kind, position = entry
@@ -178,7 +178,7 @@ def transfer_of(node: fx.Node) -> Transfer | None:
 
 def is_wait(node: fx.Node) -> bool:
     """True where `node` waits for the end of the transfer that made its operand."""
-    return _schema_name(node.target) in _WAITS
+    return schema_name(node.target) in _WAITS
 
 
 def operands_in_flight(wait: fx.Node) -> list[fx.Node]:
@@ -190,7 +190,8 @@ def operands_in_flight(wait: fx.Node) -> list[fx.Node]:
 
 
 @functools.cache
-def _schema_name(target: Any) -> str:
+def schema_name(target: Any) -> str:
+    """The name of an operator as it is registered, "" for other functions."""
     schema = getattr(target, "_schema", None)
     return "" if schema is None else str(schema.name)
 

@@ -167,6 +167,11 @@ def insert_call(
     return made
 
 
+def bytes_behind(node: fx.Node) -> int:
+    """Bytes of the storages behind the tensors of `node`."""
+    return sum(leaf.nbytes for leaf in leaves(node))
+
+
 def _leaves_of(node: fx.Node) -> tuple[Leaf, ...]:
     return tuple(
         Leaf(0, None) if tensor is None else Leaf(storage_nbytes(tensor), _alias(node, tensor))

@@ -4,6 +4,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +22,7 @@ from graphopt.numerics import compare_numerics
 from graphopt.passes.base import Pass
 from graphopt.passes.pipeline import PassStep, run_passes
 from graphopt.passes.replay import RECOMPUTE_OF
-from graphopt.program import Program, Role, leaves, tensors_of
+from graphopt.program import Program, Role, bytes_behind, tensors_of
 from graphopt.split import as_saved, backward_module, forward_module, saved_nodes
 from graphopt.tangents import unlikely_tangents, without_gradients
 
@@ -62,12 +63,12 @@ class GraphRecord:
     trace_seconds: float
     compiled_peak_bytes: int | None = None
 
-    @property
+    @cached_property
     def static_bytes(self) -> int:
         """Parameters, buffers and inputs, and what the step holds outside of this graph."""
         return self.costs.dataflow(self.before).static_bytes
 
-    @property
+    @cached_property
     def limit_bytes(self) -> int | None:
         """What a compiler of the planned graph should stay within; None where any peak will do."""
         limits = (step.pass_.limit_bytes(self.before, step.plan) for step in self.steps)
@@ -77,7 +78,7 @@ class GraphRecord:
     def kept_bytes(self) -> int:
         """Bytes that the backward takes from the forward, inputs of the graph left out."""
         saved = (n for n in saved_nodes(self.after) if n.op != "placeholder")
-        return sum(leaf.nbytes for n in saved for leaf in leaves(n))
+        return sum(map(bytes_behind, saved))
 
 
 @dataclass
@@ -233,9 +234,10 @@ class _Graph:
 
     def note_peak(self, peak_bytes: int) -> None:
         """What one half of the step holds at most beside parameters and inputs, as compiled."""
-        peak = max(self._logged.compiled_peak_bytes or 0, self._logged.static_bytes + peak_bytes)
+        record = self._logged
+        peak = max(record.compiled_peak_bytes or 0, record.static_bytes + peak_bytes)
         assert self.record is not None
-        self.log.records[self.record] = replace(self._logged, compiled_peak_bytes=peak)
+        self.log.records[self.record] = replace(record, compiled_peak_bytes=peak)
         if self.settled and self.excess_bytes:
             warnings.warn(
                 f"the backward as Inductor runs it is {format_bytes(self.excess_bytes)} over the budget; "
@@ -246,9 +248,9 @@ class _Graph:
     @property
     def excess_bytes(self) -> int:
         """By how much the compiled step is over its budget; 0 where there is no number to keep to."""
-        peak = None if self.record is None else self._logged.compiled_peak_bytes
-        budgets = (getattr(step.plan, "budget_bytes", None) for step in self._logged.steps)
-        limit = self._logged.limit_bytes
+        record = self._logged
+        peak, limit = record.compiled_peak_bytes, record.limit_bytes
+        budgets = (getattr(step.plan, "budget_bytes", None) for step in record.steps)
         return 0 if peak is None or limit is None or not any(budgets) else max(0, peak - limit)
 
     def _replay_on(self, full: Program) -> Program:
@@ -326,7 +328,7 @@ def _held_elsewhere(log: Log, program: Program, followed: bool) -> int:
 
 def _bytes_of(program: Program, *roles: Role) -> int:
     nodes = (n for n in program.graph.nodes if program.roles.get(n.name) in roles)
-    return sum(leaf.nbytes for n in nodes for leaf in leaves(n))
+    return sum(map(bytes_behind, nodes))
 
 
 def _bytes_of_numbers(program: Program) -> int:

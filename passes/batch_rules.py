@@ -69,8 +69,8 @@ def row_rule(node: fx.Node, known: Known, batch: Batch) -> RowRule:
     """
     if ops.mutates(node.target) or ops.is_random(node):
         raise NotByRows("writes to an operand or is random")
-    make = _RULES.get(node.target) or _COLLECTIVES.get(_name(node.target))
-    if make is None and torch.Tag.pointwise in getattr(node.target, "tags", ()):
+    make = _RULES.get(node.target) or _COLLECTIVES.get(ops.schema_name(node.target))
+    if make is None and ops.is_elementwise(node):
         make = _pointwise
     if make is None:
         raise NotByRows("is not known to treat samples apart")
@@ -84,11 +84,6 @@ def row_rule(node: fx.Node, known: Known, batch: Batch) -> RowRule:
     if wrong := [n.name for n, dim in rule.operands.items() if n in known and known[n].dims != (dim,)]:
         raise NotByRows(f"needs another cut of {wrong[0]}")
     return rule
-
-
-def _name(target: Any) -> str:
-    schema = getattr(target, "_schema", None)
-    return "" if schema is None else str(schema.name)
 
 
 def _dim(node: Any, known: Known) -> int | None:

@@ -150,6 +150,8 @@ class Checkpoint(Pass):
         if self.memory is None and self.activations is None:
             return None
         limit = plan.peak_bytes if plan.budget_bytes is None else plan.budget_bytes
+        if self.activations is None and not self.hold_outputs:
+            return limit
         flow = dataflow(program)
         if self.activations is not None:
             limit += bytes_made(flow, flow.gradients)

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graphopt.errors import VerifyError
 from graphopt.passes.blocks import Forward, Stack, evaluation, forwards
 from graphopt.passes.decode_plan import DecodePlan
+from graphopt.passes.removal_checks import check_close
 
 
 def check_decoding(model: nn.Module, stack: Stack, plan: DecodePlan, ids: Tensor) -> None:
@@ -26,12 +26,8 @@ def check_decoding(model: nn.Module, stack: Stack, plan: DecodePlan, ids: Tensor
         cached = _cached_logits(model, short, ids, prompt)
         with forwards(_stopping(stack, short, prompt, steps)):
             whole = _plain(model, input_ids=ids, use_cache=False).logits[:, prompt:]
-    relative = (cached.float() - whole.float()).abs().max() / whole.float().abs().max().clamp(min=1e-30)
-    if not relative <= torch.finfo(whole.dtype).eps ** 0.5:
-        raise VerifyError(
-            f"{type(model).__name__}: logits after the prompt differ from those of a run without a cache "
-            f"(relative error {relative:.2g})"
-        )
+    failure = "logits after the prompt differ from those of a run without a cache"
+    check_close(cached, whole, f"{type(model).__name__}: {failure}")
 
 
 def _plain(model: Any, **inputs: Any) -> Any:

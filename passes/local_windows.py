@@ -101,7 +101,7 @@ def local_rule(node: fx.Node, maps: Sequence[fx.Node]) -> LocalRule:
     rule = _RULES.get(node.target)
     if rule is not None:
         return rule(node, maps)
-    if torch.Tag.pointwise in getattr(node.target, "tags", ()):
+    if ops.is_elementwise(node):
         return _pointwise(node, maps)
     raise NotLocal("is not known to be spatially local")
 

@@ -15,7 +15,7 @@ from graphopt.passes.loss_builder import rows_of
 from graphopt.passes.loss_rewrite import Streamed
 from graphopt.passes.loss_values import Head
 from graphopt.passes.loss_variants import VARIANTS, NotPossible, put
-from graphopt.program import Program, leaves
+from graphopt.program import Program, bytes_behind
 
 CLOSE = 1.25  # of the least bytes that a way of streaming needs for itself: what counts as close to it
 SHARE = 0.04  # and of what the best saves of the peak: what another may save less
@@ -98,13 +98,9 @@ def _candidate(
     new = [n for n in program.operators() if is_streamed(n) or n.name not in costs.nodes]
     mine = costs.with_nodes(new)
     peak, seconds = _step(program, mine)
-    own = max(_held(n) + mine.workspace_bytes.get(n.name, 0) for n in new if is_streamed(n))
+    own = max(bytes_behind(n) + mine.workspace_bytes.get(n.name, 0) for n in new if is_streamed(n))
     names = tuple((h.linear.name, variant, _limited(h, variant, size)) for h in heads)
     return Candidate(names, peak, own, seconds)
-
-
-def _held(node: fx.Node) -> int:
-    return sum(leaf.nbytes for leaf in leaves(node))
 
 
 def _step(program: Program, costs: Costs) -> tuple[int, float]:

@@ -90,14 +90,24 @@ def check_generation(short: nn.Module, batch: Batch) -> None:
                 f"{type(error).__name__}: {error}"
             ) from error
         whole = model(input_ids=cached.sequences, use_cache=False).logits
-    got = torch.stack(cached.logits, dim=1).float()
-    expected = whole[:, -NEW_TOKENS - 1 : -1].float()
-    relative = (got - expected).abs().max() / expected.abs().max().clamp(min=1e-30)
-    if not relative <= torch.finfo(whole.dtype).eps ** 0.5:
-        raise VerifyError(
-            f"{type(short).__name__}: generation with a cache differs from that without one after the "
-            f"blocks were removed (relative error {relative:.2g})"
-        )
+    check_close(
+        torch.stack(cached.logits, dim=1),
+        whole[:, -NEW_TOKENS - 1 : -1],
+        f"{type(short).__name__}: generation with a cache differs from that without one after the "
+        "blocks were removed",
+    )
+
+
+def check_close(got: Tensor, expected: Tensor, failure: str) -> None:
+    """VerifyError that begins with `failure` where `got` is not `expected` up to rounding.
+
+    The tolerance is the square root of the precision of the dtype of `expected`, relative to its
+    largest number.
+    """
+    error = (got.float() - expected.float()).abs().max()
+    relative = error / expected.float().abs().max().clamp(min=1e-30)
+    if not relative <= torch.finfo(expected.dtype).eps ** 0.5:
+        raise VerifyError(f"{failure} (relative error {relative:.2g})")
 
 
 def _check_equal(what: str, model: nn.Module, batch: Batch, expected: Tensor) -> None:
