@@ -5,18 +5,15 @@
 Rank 0 writes FOLDER/results.json.
 """
 
-import json
-import os
 import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from overlap_worker import PASS, Summed, collectives, llama, refusal, step
-from ranks import join
+from ranks import join, leave
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -152,10 +149,7 @@ def work(rank: int, folder: str) -> None:
     own = torch.randn(8 - 2 * rank, 4)
     uneven = {"rows": own, "weights": own + 1, "x": torch.randn(8, 4)}
     found["uneven"] = refusal(lambda: step(Totals(group), [halves], uneven))
-    if rank == 0:
-        Path(folder, "results.json").write_text(json.dumps(found))
-    dist.barrier()
-    os._exit(0)
+    leave(rank, folder, found)
 
 
 if __name__ == "__main__":

@@ -6,18 +6,15 @@ Rank 0 writes FOLDER/results.json.
 """
 
 import copy
-import json
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from ranks import join
+from ranks import join, leave
 from split_vocab_worker import refusal
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -179,9 +176,7 @@ def work(rank: int, folder: str) -> None:
         "functions": function_case(mesh),
         "refusals": refusals(mesh),
     }
-    if rank == 0:
-        Path(folder, "results.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
+    leave(rank, folder, found)
 
 
 if __name__ == "__main__":

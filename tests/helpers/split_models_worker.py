@@ -6,17 +6,14 @@ Rank 0 writes FOLDER/results.json: for every model, what was found.
 """
 
 import copy
-import json
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
 import transformers
-from ranks import join
+from ranks import join, leave
 from split_vocab_worker import Counter, refusal
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -184,9 +181,7 @@ def work(rank: int, folder: str) -> None:
     }
     found["with checkpoint"] = with_checkpoint(mesh)
     found["refusals"] = refusals(mesh)
-    if rank == 0:
-        Path(folder, "results.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
+    leave(rank, folder, found)
 
 
 if __name__ == "__main__":

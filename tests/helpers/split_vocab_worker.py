@@ -6,17 +6,15 @@ Rank 0 writes FOLDER/results.json: for every group of cases, what was found.
 """
 
 import itertools
-import json
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from ranks import join
+from ranks import join, leave
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -349,9 +347,7 @@ def work(rank: int, ranks: int, folder: str) -> None:
     large = Shard.on_mesh(999, init_device_mesh("cpu", (ranks,)))
     found = {case.__name__: case(shard) for case in (options, probable, repeats, counted, edges, ends)}
     found["precision"] = precision(large)
-    if rank == 0:
-        Path(folder, "results.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
+    leave(rank, folder, found)
 
 
 if __name__ == "__main__":
