@@ -20,7 +20,8 @@ class Costs:
     """`nodes`: cost by node name. `workspace_bytes`: scratch that a kernel holds while it runs.
 
     Where the program is a part of the step, `reserved_bytes` is what the other parts hold meanwhile,
-    and `followed` says that parts come after it whose needs are not known yet. `fused` says that Inductor
+    and `followed` says that parts come after it whose needs are not known yet. `margin_bytes` are what a
+    plan leaves free of its budget, for what a compiler holds beside the plan. `fused` says that Inductor
     runs the program: it merges equal operators on equal inputs, does not always write over operands
     that die, gives convolutions images in the channels-last layout, and runs elementwise operators in
     kernels of its own, which need no scratch.
@@ -31,6 +32,7 @@ class Costs:
     nodes: Mapping[str, NodeCost]
     workspace_bytes: Mapping[str, int]
     reserved_bytes: int = 0
+    margin_bytes: int = 0
     followed: bool = False
     fused: bool = False
     probed: bool = False

@@ -24,9 +24,12 @@ class PlanError(GraphoptError):
     ('no plan stays under 1024 bytes', 4096)
     """
 
-    def __init__(self, message: str, *, reachable_bytes: int | None = None) -> None:
+    def __init__(
+        self, message: str, *, reachable_bytes: int | None = None, budget_bytes: int | None = None
+    ) -> None:
         super().__init__(message)
         self.reachable_bytes = reachable_bytes
+        self.budget_bytes = budget_bytes
 
 
 class CodegenError(GraphoptError):

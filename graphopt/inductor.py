@@ -47,8 +47,10 @@ class PlannedGraph(Protocol):
 def compile_with_inductor(
     module: fx.GraphModule, example_inputs: Sequence[Any], graph: PlannedGraph
 ) -> Callable[..., Any]:
-    """Inductor's compilation of `module`, with the partition of `graph`."""
+    """Inductor's compilation of `module`, with the partition of `graph`.
 
+    The backward is compiled here and not at its first call, so that the peak of the step is known.
+    """
     copies: dict[str, int] = {}
 
     def inner(part: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Any:
@@ -63,7 +65,10 @@ def compile_with_inductor(
         return graph.backward_of(placeholders, compiled) if options.get("is_backward") else compiled
 
     patches = {"custom_partitioner_fn": _Partitioner(graph)}
-    compiled: Any = compile_fx(module, list(example_inputs), inner_compile=inner, config_patches=patches)
+    with torch._functorch.config.patch(force_non_lazy_backward_lowering=True):
+        compiled: Any = compile_fx(
+            module, list(example_inputs), inner_compile=inner, config_patches=patches
+        )
     return compiled  # type: ignore[no-any-return]
 
 

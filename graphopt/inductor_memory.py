@@ -51,12 +51,21 @@ class Half:
             schedule = _Schedule(_in_order(parts), self)
         self.note_peak(schedule.peak_bytes)
         self._note_copies()
+        _call_each_alone(schedule.nodes)
         return schedule.nodes
 
     def _note_copies(self) -> None:
         for name, result in zip(self.returned, V.graph.graph_outputs, strict=True):
             if name is not None and result.get_name() not in V.graph.graph_inputs:
                 self.copies[name] = _nbytes(result)
+
+
+def _call_each_alone(nodes: Nodes) -> None:
+    """Of C++ kernels in a row Inductor makes one call, which holds what all of them need."""
+    for scheduler, device in {(n.scheduler, n.get_device()) for n in nodes}:
+        if device is not None:
+            backend: Any = scheduler.get_backend(device)
+            backend.ready_to_flush = lambda: True
 
 
 class _Schedule:

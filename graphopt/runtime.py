@@ -1,7 +1,6 @@
 """The backend that torch.compile calls: capture, passes, and the two modules that run."""
 
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
     from graphopt.comparison import StepComparison
 
 Boxed = Callable[[list[Any]], Sequence[Any]]
-ATTEMPTS = 3  # plans for one graph, each with less room, where Inductor holds more than planned
+ATTEMPTS = 6  # plans for one graph, each with less room, where Inductor holds more than planned
 
 
 @dataclass(frozen=True)
@@ -126,22 +125,33 @@ class Backend:
     def _through_inductor(
         self, module: fx.GraphModule, example_inputs: Sequence[Any], frame: Frame
     ) -> tuple["_Graph", Callable[..., Any]]:
-        """As planned and compiled; where the result is over its budget, planned again with less room."""
+        """As planned and compiled; where the result is over its budget, planned again with less room.
+
+        Where no plan has so little room, the one with the least peak.
+        """
         from graphopt.inductor import compile_with_inductor
 
-        margin, logged = 0, len(self.log.records)
-        for _ in range(ATTEMPTS):
-            graph = _Graph(self.settings, self.log, frame, margin)
-            compiled = compile_with_inductor(module, example_inputs, graph)
-            if graph.excess_bytes <= 0:
-                graph.settled = True
-                return graph, compiled
-            margin += graph.excess_bytes
+        def attempt(margin_bytes: int) -> tuple[_Graph, Callable[..., Any]]:
             del self.log.records[logged:]
-        raise PlanError(
-            f"what Inductor makes of the plan is {format_bytes(graph.excess_bytes)} over the budget, "
-            f"planned {ATTEMPTS} times with less room each; compiler='eager' runs the plan as it is"
-        )
+            graph = _Graph(self.settings, self.log, frame, margin_bytes)
+            return graph, compile_with_inductor(module, example_inputs, graph)
+
+        margin, logged = 0, len(self.log.records)
+        try:
+            for number in range(ATTEMPTS):
+                graph, compiled = attempt(margin)
+                if graph.excess_bytes <= 0:
+                    return graph, compiled
+                margin += graph.excess_bytes << number
+        except PlanError as error:
+            if error.reachable_bytes is None or error.budget_bytes is None:
+                raise
+            graph, compiled = attempt(margin + error.budget_bytes - error.reachable_bytes)
+            if graph.excess_bytes <= 0:
+                return graph, compiled
+        missed = graph.over_budget()
+        del self.log.records[logged:]
+        raise missed
 
 
 class _Graph:
@@ -152,7 +162,6 @@ class _Graph:
         self.log = log
         self.frame = frame
         self.margin_bytes = margin_bytes
-        self.settled = False  # what is compiled later, at its first call, cannot change the plan
         self.unlikely: frozenset[str] = frozenset()
         self.full_backward: fx.GraphModule | None = None
         self.accumulation = Accumulation(())
@@ -188,9 +197,7 @@ class _Graph:
 
     def _run_passes(self, program: Program) -> Program:
         traced = time.perf_counter() - self.log.begin
-        planned, steps = run_passes(
-            program, self.settings.passes, self._costs_to_plan_with, time.perf_counter
-        )
+        planned, steps = run_passes(program, self.settings.passes, self._costs, time.perf_counter)
         self.steps = steps
         if self.settings.verify == "full":
             compare_numerics(planned, program)
@@ -207,12 +214,9 @@ class _Graph:
         return replace(
             costs,
             reserved_bytes=reserved,
+            margin_bytes=self.margin_bytes,
             followed=self.frame.broken_at is not None,
         )
-
-    def _costs_to_plan_with(self, program: Program) -> Costs:
-        costs = self._costs(program)
-        return replace(costs, reserved_bytes=costs.reserved_bytes + self.margin_bytes)
 
     @property
     def _logged(self) -> GraphRecord:
@@ -238,12 +242,6 @@ class _Graph:
         peak = max(record.compiled_peak_bytes or 0, record.static_bytes + peak_bytes)
         assert self.record is not None
         self.log.records[self.record] = replace(record, compiled_peak_bytes=peak)
-        if self.settled and self.excess_bytes:
-            warnings.warn(
-                f"the backward as Inductor runs it is {format_bytes(self.excess_bytes)} over the budget; "
-                "compiler='eager' keeps to it",
-                stacklevel=2,
-            )
 
     @property
     def excess_bytes(self) -> int:
@@ -252,6 +250,17 @@ class _Graph:
         peak, limit = record.compiled_peak_bytes, record.limit_bytes
         budgets = (getattr(step.plan, "budget_bytes", None) for step in record.steps)
         return 0 if peak is None or limit is None or not any(budgets) else max(0, peak - limit)
+
+    def over_budget(self) -> PlanError:
+        """What to raise where the compiled step cannot be had within its budget."""
+        record = self._logged
+        limit, peak = record.limit_bytes or 0, record.compiled_peak_bytes or 0
+        return PlanError(
+            f"no plan that Inductor compiles keeps the step within {format_bytes(limit)}; the smallest "
+            f"reachable peak is {format_bytes(peak)} ({peak} bytes); compiler='eager' may reach less",
+            reachable_bytes=peak,
+            budget_bytes=limit,
+        )
 
     def _replay_on(self, full: Program) -> Program:
         """The passes' plans applied to the program in which every gradient may arrive."""

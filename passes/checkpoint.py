@@ -127,13 +127,14 @@ class Checkpoint(Pass):
         wish = self.memory if self.activations is None else self.activations
         free = not costs.fused
         search = Search(leave_room=costs.followed, freedom=Freedom(free, free))
+        room = None if budget is None else budget - costs.margin_bytes
         if self.solver in SOLVERS:
-            choice = fitting(flow, subset_choice(flow, self.solver, budget), budget)
+            choice = fitting(flow, subset_choice(flow, self.solver, room), room)
             return _plan(flow, choice, budget, baseline)
-        choice = choose(flow, wish == "min", budget, search)
+        choice = choose(flow, wish == "min", room, search)
         if self.solver == "graph":
             return _plan(flow, choice, budget, baseline)
-        choice, bound = bounded(flow, choice, budget, self.time_limit_s)
+        choice, bound = bounded(flow, choice, room, self.time_limit_s)
         return replace(_plan(flow, choice, budget, baseline), least_recompute_seconds=bound.seconds)
 
     def apply(self, program: Program, plan: CheckpointPlan) -> Program:

@@ -142,6 +142,7 @@ def fitting(flow: Dataflow, best: Choice, budget_bytes: int | None) -> Choice:
         f"{format_bytes(reachable)} ({reachable} bytes), of which {format_bytes(flow.static_bytes)} "
         "are parameters, buffers and inputs",
         reachable_bytes=reachable,
+        budget_bytes=budget_bytes,
     )
 
 

@@ -156,17 +156,26 @@ def test_a_plan_that_inductor_cannot_keep_to_is_made_again_with_less_room(
 
 
 @needs_compiler
-def test_a_backward_over_its_budget_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    optimized = optimize(Tied(words=64, width=16, depth=2), memory=0.8, compiler="inductor")
-    loss = optimized(torch.randint(0, 64, (8, 64)))
-    monkeypatch.setattr("graphopt.inductor_memory._scratch", lambda *_: 10**6)
-    with pytest.warns(UserWarning, match="over the budget"):
-        loss.backward()
-
-
-@needs_compiler
 def test_a_budget_that_inductor_never_meets_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("graphopt.inductor_memory._scratch", lambda *_: 10**6)
     optimized = optimize(Tied(words=64, width=16, depth=2), memory=0.8, compiler="inductor")
-    with pytest.raises(PlanError, match="no plan keeps the step within"):
+    with pytest.raises(PlanError, match="no plan that Inductor compiles keeps the step within"):
         optimized(torch.randint(0, 64, (8, 64)))
+    assert optimized._graphopt.log.records == []
+
+
+@needs_compiler
+@pytest.mark.parametrize("extra", [0, 30_000])
+def test_the_smallest_reachable_peak_is_what_inductor_makes_of_it(
+    monkeypatch: pytest.MonkeyPatch, extra: int
+) -> None:
+    monkeypatch.setattr("graphopt.inductor_memory._scratch", lambda *_: extra)
+    model, tokens = Tied(words=64, width=16, depth=2), torch.randint(0, 64, (8, 64))
+    with pytest.raises(PlanError) as refused:
+        optimize(model, memory=0.3, compiler="inductor")(tokens)
+    reachable = refused.value.reachable_bytes
+    assert reachable is not None and f"({reachable} bytes)" in str(refused.value)
+    optimized = optimize(model, memory=reachable, compiler="inductor")
+    optimized(tokens).backward()
+    (record,) = optimized._graphopt.log.records
+    assert record.compiled_peak_bytes == reachable == record.limit_bytes
