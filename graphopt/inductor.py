@@ -9,8 +9,10 @@ from torch._inductor import config
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 
+from graphopt.cleanup import storages_of
 from graphopt.cost_models.nodes import runs_kernel
 from graphopt.inductor_memory import Half
+from graphopt.lower import last_uses
 from graphopt.ops import is_elementwise
 from graphopt.program import bytes_behind, leaves
 
@@ -87,12 +89,14 @@ def keep_places(part: fx.GraphModule) -> None:
     that do nothing.
     """
     place = {n: i for i, n in enumerate(n for n in part.graph.nodes if runs_kernel(n))}
-    last = _last_reads(part.graph)
+    storages = storages_of(part.graph)
+    read_last = last_uses(part.graph, storages)
+    end = {s: place.get(n, len(place)) for s, n in read_last.items()}
     for node, here in place.items():
-        if is_elementwise(node) and last.get(node, 0) > here + 1:
-            operands = dict.fromkeys(map(_owner, node.all_input_nodes))
-            dying = (n for n in operands if last[n] == here and not n.name.startswith("primals"))
-            if sum(map(bytes_behind, dying)) > bytes_behind(node):
+        if is_elementwise(node) and end.get(storages[node][0], 0) > here + 1:
+            operands = {s for n in node.all_input_nodes for s in storages[n]}
+            dying = (s for s in operands if end[s] == here and not s[0].name.startswith("primals"))
+            if sum(leaves(n)[i].nbytes for n, i in dying) > bytes_behind(node):
                 node.meta["inductor_realize_to_strides"] = True
         if node.target is aten.add.Tensor:
             for product in node.all_input_nodes:
@@ -108,24 +112,6 @@ def _hide_product(product: fx.Node, user: fx.Node) -> None:
     flat.meta = product.meta | {"val": product.meta["val"].view(-1)}
     same.meta = dict(product.meta)
     user.replace_input_with(product, same)
-
-
-def _last_reads(graph: fx.Graph) -> dict[fx.Node, int]:
-    """For each node that owns a storage, how many kernels ran before the last that reads it."""
-    last: dict[fx.Node, int] = {}
-    kernels = 0
-    for node in graph.nodes:
-        if runs_kernel(node) or node.op == "output":
-            last.update((_owner(operand), kernels) for operand in node.all_input_nodes)
-            kernels += 1
-    return last
-
-
-def _owner(node: fx.Node) -> fx.Node:
-    """The node whose storage `node` looks at: itself, but for views."""
-    while node.op == "call_function" and len(found := leaves(node)) == 1 and found[0].alias:
-        node = node.all_input_nodes[found[0].alias[0]]
-    return node
 
 
 class _Partitioner(CustomPartitionerFn):
