@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from graphopt import measure, optimize
 from graphopt.cost_models.calls import call_of
@@ -79,7 +78,7 @@ def test_a_sum_that_is_read_late_becomes_a_tensor_where_more_than_itself_dies() 
 
 def test_a_product_that_is_added_later_is_out_of_sight_of_addmm() -> None:
     x, y = torch.randn(2, 6, 6)
-    module = make_fx(sum_of_products, tracing_mode="fake")(x, y)
+    module = trace(sum_of_products, (x, y)).module
     keep_places(module)
     module.graph.lint()
     now, late = module.graph.find_nodes(op="call_function", target=aten.add.Tensor)
