@@ -25,7 +25,7 @@ MODULE_FLOORS = {
     **dict.fromkeys(["absent_logits", "stream_ops", "stream_plans", "streamed"], 0),
     **dict.fromkeys(["split_tensors", "vocab_exchange"], 0),
     **dict.fromkeys(["vocab_dtensor", "vocab_loss", "vocab_parallel", "vocab_shard"], 0),
-    **dict.fromkeys(["cleanup", "origin", "tracing", "verify"], 0),
+    **dict.fromkeys(["cleanup", "constant_masks", "origin", "tracing", "verify"], 0),
     **dict.fromkeys(["__main__", "api", "cli", "inductor", "lower", "measurement", "models"], 4),
     "inductor_memory": 4,
     **dict.fromkeys(["report", "runtime", "terminal", "zoo"], 4),
