@@ -4,6 +4,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 
 from graphopt.cost_models.devices import format_bytes
+from graphopt.cost_models.fast_schedule import FastBackward
 from graphopt.cost_models.memory import NO_PRODUCER, Dataflow
 from graphopt.cost_models.schedule import (
     Timeline,
@@ -177,27 +178,36 @@ def lowered(flow: Dataflow, choice: Choice, freedom: Freedom) -> Choice:
     """
     now = step_of(flow, choice)
     whole = sum(o.seconds for o in flow.operators)
+    fast = FastBackward(flow, (), (), flow.gradients, ())
+
+    def pays(peak_bytes: int, seconds: float) -> bool:
+        saved = (now.peak_bytes - peak_bytes) / max(1, now.peak_bytes)
+        return saved > 0 and seconds - now.recompute_seconds <= PRICE * saved * whole
+
     for _ in range(LOWERINGS):
-        for value in _kept_at_peak(flow, choice):
+        for value in _kept_at_peak(flow, choice, now):
             keep, ephemeral = choice.keep - {value}, choice.ephemeral
-            if freedom.repeat:
-                ephemeral = ephemeral | _made_for(flow, value, keep)
-            trial = replace(choice, keep=keep, ephemeral=ephemeral)
-            if not is_complete(flow, keep):
+            made = _made_for(flow, value, keep)
+            if not all(flow.operators[flow.values[v].producer].recomputable for v in made):
                 continue
+            if freedom.repeat:
+                ephemeral = ephemeral | made
+            trial = replace(choice, keep=keep, ephemeral=ephemeral)
+            found = fast.run(keep, ephemeral, choice.order)
+            if not pays(found.peak_bytes, found.seconds):
+                continue  # the true peak is no lower: it has the states of generators, too
             then = step_of(flow, trial)
-            saved = (now.peak_bytes - then.peak_bytes) / max(1, now.peak_bytes)
-            if saved > 0 and then.recompute_seconds - now.recompute_seconds <= PRICE * saved * whole:
-                choice, now = pruned(flow, trial), then
+            if pays(then.peak_bytes, then.recompute_seconds):
+                choice = pruned(flow, trial)
+                now = step_of(flow, choice)
                 break
         else:
             break
     return choice
 
 
-def _kept_at_peak(flow: Dataflow, choice: Choice) -> list[int]:
-    """The largest kept values alive when the step is at its peak."""
-    step = step_of(flow, choice)
+def _kept_at_peak(flow: Dataflow, choice: Choice, step: StepMemory) -> list[int]:
+    """The largest kept values alive when `step`, that of `choice`, is at its peak."""
     timeline = max(step.forward, step.backward, key=lambda t: t.peak_bytes)
     place = timeline.during.index(timeline.peak_bytes)
     if timeline is step.forward:
