@@ -5,10 +5,13 @@
 A small Llama (8 layers of width 256) is trained once, with autocast to bfloat16, on the bytes of
 Python's own library sources; its weights are kept in the cache folder. Blocks are chosen and
 projections refitted on files of the training text; figures are of files that were never seen.
-Perplexity is per byte, KL divergence in nats per byte.
+Perplexity is per byte, KL divergence in nats per byte. The strategy "fold" has a table of its own, with
+the parameters that are stored; beside it are the same layers removed without sharing, sharing without
+norms fitted anew, and the layers that share removed as well.
 """
 
 import argparse
+import copy
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -22,6 +25,8 @@ from transformers import LlamaForCausalLM
 
 from graphopt.passes.blocks import find_stack
 from graphopt.passes.compensation import KINDS
+from graphopt.passes.folding import folded
+from graphopt.passes.layer_sharing import norm_parameters
 from graphopt.passes.made_up_inputs import as_batch
 from graphopt.passes.skip_strategies import STRATEGIES, Evidence, naive_runs
 from graphopt.passes.sublayer_removal import without_units
@@ -60,6 +65,39 @@ def rows(
     return found
 
 
+def fold_rows(model: LlamaForCausalLM, batches: dict[str, list[Tensor]], shared: int = 1) -> list[Row]:
+    """Rows of folded models, and of what they are compared with: of least Block Influence go none to
+    most layers, and `shared` of the others run with the weights of a neighbour.
+    """
+    calibration, unseen = (tuple(as_batch(ids, model) for ids in batches[key]) for key in BATCHES)
+    stack = find_stack(model, unseen[0])
+    held_out, evidence = Evidence(model, stack, unseen), Evidence(model, stack, calibration)
+    choose, found = STRATEGIES["fold"](evidence), list[Row]()
+    for count in (0, *REMOVED[:-1]):
+        removed, begin = choose(count), time.perf_counter()
+        short, groups, _ = folded(evidence, removed, shared)
+        seconds = time.perf_counter() - begin
+        also = removed | {i for group in groups for i in group[1:]}
+        plain = copy.deepcopy(short)
+        kept = [i for i in range(evidence.count) if i not in removed]
+        for i in (i for group in groups for i in group[1:]):
+            block = plain.get_submodule(stack.path)[kept.index(i)]
+            for name, value in norm_parameters(stack.blocks[i]).items():
+                block.get_parameter(name).data.copy_(value)
+        models = {
+            "without sharing": without_units(model, stack, evidence.units, removed),
+            "fold": short,
+            "fold, norms not fitted": plain,
+            "removed as well": without_units(model, stack, evidence.units, also),
+        }
+        for name, made in models.items():
+            row = {"removed": sorted(removed), "groups": groups, "what": name, "plan_seconds": seconds}
+            row |= {"parameters": sum(p.numel() for p in made.parameters())}
+            found.append(row | asdict(held_out.trials.quality(frozenset(), made)))
+            note(str(found[-1]))
+    return found
+
+
 def evaluations(layers: int = 24, count: int = 6, models: int = 5) -> tuple[int, int]:
     """How often greedy runs a layer on a batch, and how often trying every layer at every step does.
 
@@ -76,10 +114,13 @@ def evaluations(layers: int = 24, count: int = 6, models: int = 5) -> tuple[int,
     return max(ran), naive_runs(layers, layers, count)
 
 
-def report(data: list[Row], sublayers: list[Row], counts: tuple[int, int]) -> str:
-    """One table for each number of layers removed, and how greedy compares with the published rules."""
-    parts = [f"Perplexity of the whole model: {data[0]['whole_perplexity']:.3f} per byte, held out."]
-    for count in REMOVED:
+def report(data: list[Row], sublayers: list[Row], folds: list[Row], counts: tuple[int, int]) -> str:
+    """One table for each number of layers removed, how greedy compares with the published rules, and
+    what folding keeps.
+    """
+    whole = (data or folds)[0]["whole_perplexity"]
+    parts = [f"Perplexity of the whole model: {whole:.3f} per byte, held out."]
+    for count in REMOVED if data else ():
         parts.append(f"## {count} of {LAYERS} layers removed ({count / LAYERS:.1%})")
         lines = []
         for strategy in dict.fromkeys(r["strategy"] for r in data):
@@ -89,9 +130,12 @@ def report(data: list[Row], sublayers: list[Row], counts: tuple[int, int]) -> st
             lines.append([strategy, layers, *cells, f"{same[-1]['plan_seconds']:.1f}"])
         head = ["strategy", "removed", *(f"{kind}: perplexity / KL / top-1" for kind in KINDS)]
         parts.append(table([*head, "plan s"], lines))
-    parts += ["## Greedy with compensation against the others", table(*gains(data))]
+    if any(r["strategy"] == "greedy" for r in data):
+        parts += ["## Greedy with compensation against the others", table(*gains(data))]
     if sublayers:
         parts += ["## As many sublayers as two for each layer", table(*beside(data, sublayers))]
+    if folds:
+        parts += ["## Layers removed, and others with shared weights (fold)", table(*beside_fold(folds))]
     ran, naive = counts
     parts.append(
         f"Greedy runs at most {ran} layers to remove 6 of 24 ({ran / naive:.0%}), "
@@ -135,6 +179,23 @@ def beside(data: list[Row], sublayers: list[Row]) -> tuple[list[str], list[list[
     return ["sublayers", "compensation", "removed", figures, f"layers: {figures}"], lines
 
 
+def beside_fold(folds: list[Row]) -> tuple[list[str], list[list[Any]]]:
+    """A line for each number of layers removed and each way."""
+    lines = [
+        [
+            " ".join(map(str, row["removed"])) or "none",
+            "; ".join(f"{' '.join(map(str, g[1:]))} with those of {g[0]}" for g in row["groups"]),
+            row["what"],
+            f"{row['perplexity']:.2f} / {row['kl']:.3f} / {row['top1']:.1%}",
+            f"{row['parameters'] / 1e6:.2f}",
+            f"{row['plan_seconds']:.1f}" if row["what"] == "fold" else "",
+        ]
+        for row in folds
+    ]
+    figures = "perplexity / KL / top-1"
+    return ["removed", "shared weights", "what", figures, "million parameters", "plan s"], lines
+
+
 def main() -> None:
     """All tables."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -151,10 +212,13 @@ def main() -> None:
         name: [batch(text, generator, SAMPLES, TOKENS) for _ in range(BATCHES[name])]
         for name, text in (("calibration", seen), ("held out", unseen))
     }
-    data = rows(model, batches, options.strategies, "layers")
+    names = [name for name in options.strategies if name != "fold"]
+    data = rows(model, batches, names, "layers") if names else []
+    folds = fold_rows(model, batches) if "fold" in options.strategies else []
     sublayers = rows(model, batches, ["greedy"], "sublayers") if options.sublayers else []
-    text = report(data, sublayers, evaluations())
-    write("skip_layers", "Quality without layers", {"layers": data, "sublayers": sublayers}, text)
+    text = report(data, sublayers, folds, evaluations())
+    found = {"layers": data, "sublayers": sublayers, "fold": folds}
+    write("skip_layers", "Quality without layers", found, text)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from graphopt.measurement import measure
     from graphopt.passes.calibration import calibration_gradients
     from graphopt.passes.checkpoint import Checkpoint
+    from graphopt.passes.layer_sharing import share_weights
     from graphopt.passes.overlap_comm import OverlapComm
     from graphopt.passes.patch_inference import PatchInference
     from graphopt.passes.skip_decode import SkipDecode
@@ -56,6 +57,7 @@ __all__ = [
     "measure",
     "optimize",
     "read_links",
+    "share_weights",
     "trace",
 ]
 
@@ -91,6 +93,7 @@ _LAZY = {
     "measure": "graphopt.measurement",
     "optimize": "graphopt.api",
     "read_links": "graphopt.cost_models.link_file",
+    "share_weights": "graphopt.passes.layer_sharing",
     "trace": "graphopt.tracing",
 }
 

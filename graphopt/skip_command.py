@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from graphopt.models import LoadedModel
     from graphopt.passes.blocks import Batch
     from graphopt.passes.skip_layers import SkipLayers
-    from graphopt.skip_report import SkipReport
+    from graphopt.skip_report import SkipReport, UnitRow
 
 GOALS = {  # option of the pass: type and help
     "keep": (str, "N,N,...", "the positions that stay"),
@@ -35,6 +35,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         goals.add_argument(_flag(name), type=kind, metavar=metavar, help=help_)
     for name, default in CHOICES.items():
         add(_flag(name), default=default, help=f"as of SkipLayers (default {default})")
+    add("--shared", type=int, metavar="N", help="of strategy fold: how many take a neighbour's weights")
     add("--text", metavar="FILE", help="what to judge layers on: half of it chooses, half is measured")
     add("--tokenizer", metavar="FOLDER", help="of the text; without one its bytes are the tokens")
     add("--batch", type=int, default=4, metavar="N", help="samples of a batch (default 4)")
@@ -90,7 +91,7 @@ def _flag(name: str) -> str:
 def _pass(options: argparse.Namespace, calibration: "list[Batch]") -> "SkipLayers":
     from graphopt.passes.skip_layers import SkipLayers
 
-    given = {name: getattr(options, name) for name in (*GOALS, *CHOICES)}
+    given = {name: getattr(options, name) for name in (*GOALS, *CHOICES, "shared")}
     if options.keep is not None:
         try:
             given["keep"] = [int(part) for part in options.keep.split(",")]
@@ -191,7 +192,7 @@ def _print(report: "SkipReport") -> None:
     rows = [
         (
             unit.name,
-            "removed" if unit.removed else "",
+            _state(unit),
             _number(unit.influence, "{:.4f}"),
             _number(unit.kl, "{:.4g}"),
             *(f"{1e3 * unit.seconds[phase]:.3g}" for phase in phases),
@@ -212,6 +213,12 @@ def _print(report: "SkipReport") -> None:
     head = ("step", "whole ms", "predicted ms", "measured ms", "whole tokens/s", "tokens/s", "speed-up")
     print_table("Time", head, rows)
     print(", ".join(report.figures()))
+
+
+def _state(unit: "UnitRow") -> str:
+    if unit.weights_of is not None:
+        return f"weights of {unit.weights_of}"
+    return "removed" if unit.removed else ""
 
 
 def _first_line(report: "SkipReport") -> str:

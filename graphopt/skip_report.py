@@ -19,7 +19,8 @@ from graphopt.passes.skip_strategies import Evidence
 class UnitRow:
     """One layer or sublayer: its score, what its absence alone costs, and its time in each phase.
 
-    `influence` is the Block Influence, None for sublayers; `kl` is in nats per token.
+    `influence` is the Block Influence, None for sublayers; `kl` is in nats per token; `weights_of` is
+    the name of the layer whose weights this one runs with, None where they are its own.
     """
 
     name: str
@@ -27,6 +28,7 @@ class UnitRow:
     influence: float | None
     kl: float | None
     seconds: Mapping[str, float]
+    weights_of: str | None = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,8 @@ class SkipReport:
     def figures(self) -> list[str]:
         """The quality and the size, in words."""
         found = [f"{self.parameters} of {self.whole_parameters} parameters"]
+        if self.plan.groups:
+            found.append(f"{self.plan.saved} less by sharing")
         if (q := self.quality) is not None:
             found += quality_text(q.kl, q.top1, q.perplexity, q.whole_perplexity)
         if self.free_running is not None:
@@ -91,7 +95,7 @@ def compare(
     return SkipReport(
         name,
         plan,
-        tuple(_unit_row(evidence, i, removed, times) for i in range(evidence.count)),
+        tuple(_unit_row(evidence, i, plan, times) for i in range(evidence.count)),
         tuple(_phase_row(phase, times[phase], (model, short), batch, removed) for phase in phases),
         evidence.trials.quality(frozenset(), short) if evidence.has_logits else None,
         agreement,
@@ -131,7 +135,7 @@ def _generates(model: Any) -> bool:
 
 
 def _unit_row(
-    evidence: Evidence, number: int, removed: frozenset[int], times: Mapping[str, LayerTimes]
+    evidence: Evidence, number: int, plan: SkipPlan, times: Mapping[str, LayerTimes]
 ) -> UnitRow:
     unit = evidence.units[number]
     alone = None
@@ -139,7 +143,8 @@ def _unit_row(
         alone = evidence.trials.kl(frozenset({number}), (unit.block, evidence.states))
     influence = evidence.influence[number] if unit.branch is None else None
     seconds = {phase: found.unit_seconds[number] for phase, found in times.items()}
-    return UnitRow(unit.name, number in removed, influence, alone, seconds)
+    sources = {i: str(group[0]) for group in plan.groups for i in group[1:]}
+    return UnitRow(unit.name, number in plan.removed, influence, alone, seconds, sources.get(number))
 
 
 def _phase_row(

@@ -55,7 +55,7 @@ def compensate(
         run = [stack.with_hidden(*row[kept[position]], h) for row, h in zip(calls, states, strict=True)]
         if position in fitted:
             _fit(kind, blocks[position], run, [row[ends[position]] for row in whole], masks)
-        states = [_output(blocks[position], one) for one in run]
+        states = [output_of(blocks[position], one) for one in run]
     return tuple(
         (*row[:-1], last) for row, last in zip(whole, states or [r[-1] for r in whole], strict=True)
     )
@@ -90,7 +90,8 @@ def _uncached(model: nn.Module, batch: Batch) -> Batch:
     return {**batch, "use_cache": False}
 
 
-def _output(block: nn.Module, given: Call) -> Tensor:
+def output_of(block: nn.Module, given: Call) -> Tensor:
+    """The hidden states that `block` returns."""
     output = block(*given[0], **given[1])
     return output if isinstance(output, Tensor) else output[0]
 
@@ -107,11 +108,11 @@ def _fit(
     inputs, outputs, missing = [], [], []
     for given, target, mask in zip(calls, wanted, masks, strict=True):
         with _watched([projection]) as seen:
-            after = _output(block, given)
+            after = output_of(block, given)
         ((_, taken, made),) = seen
-        inputs.append(_rows(taken, mask))
-        outputs.append(_rows(made, mask))
-        missing.append(_rows(target, mask) - _rows(after, mask))
+        inputs.append(rows_of(taken, mask))
+        outputs.append(rows_of(made, mask))
+        missing.append(rows_of(target, mask) - rows_of(after, mask))
     a, b, error = torch.cat(inputs), torch.cat(outputs), torch.cat(missing)
     if kind == "scalar":
         _scale(projection, scale_of(b, b + error))
@@ -119,7 +120,7 @@ def _fit(
         _add(projection, a, error)
 
 
-def _rows(states: Tensor, mask: Tensor | None) -> Tensor:
+def rows_of(states: Tensor, mask: Tensor | None) -> Tensor:
     """The tokens that count, (tokens, width), at least in float32."""
     rows = states.flatten(0, -2)
     if mask is not None and mask.numel() == len(rows):
@@ -206,7 +207,7 @@ def residual_projection(block: nn.Module, given: Call) -> nn.Module:
     """
     matrices = [m for m in block.modules() if getattr(getattr(m, "weight", None), "ndim", 0) == 2]
     with _watched(matrices) as seen:
-        plain = _output(block, given)
+        plain = output_of(block, given)
     last = seen[-1][0] if seen else None
     if last is None or not _arrives(block, given, last, plain):
         raise PlanError(
@@ -224,7 +225,7 @@ def _arrives(block: nn.Module, given: Call, module: nn.Module, plain: Tensor) ->
 
     hook = module.register_forward_hook(add)
     try:
-        moved = _output(block, given) - plain
+        moved = output_of(block, given) - plain
     finally:
         hook.remove()
     return torch.allclose(moved, added.expand_as(moved), atol=1e-2 * float(added[0].detach()), rtol=0)

@@ -98,6 +98,16 @@ def check_generation(short: nn.Module, batch: Batch) -> None:
     )
 
 
+def check_shared(short: nn.Module, stored: int, saved: int) -> None:
+    """`short` stores `saved` parameters less than `stored`, and trains those that are left once."""
+    left = sum(parameter.numel() for parameter in short.parameters())
+    if left != stored - saved:
+        raise VerifyError(
+            f"{type(short).__name__} stores {left} parameters with shared blocks; {stored - saved} were "
+            "expected"
+        )
+
+
 def check_close(got: Tensor, expected: Tensor, failure: str) -> None:
     """VerifyError that begins with `failure` where `got` is not `expected` up to rounding.
 

@@ -9,11 +9,13 @@ from torch import nn
 from graphopt.errors import PlanError
 from graphopt.passes.blocks import find_stack
 from graphopt.passes.compensation import KINDS
+from graphopt.passes.folding import fold, folded
+from graphopt.passes.layer_sharing import let_save
 from graphopt.passes.layer_times import PHASES, compare_steps, measure_units
 from graphopt.passes.layer_trials import Quality
 from graphopt.passes.made_up_inputs import as_batch, knows_inputs, made_up_batch
 from graphopt.passes.module_pass import ModulePass
-from graphopt.passes.removal_checks import check_function, check_generation, check_rebuild
+from graphopt.passes.removal_checks import check_function, check_generation, check_rebuild, check_shared
 from graphopt.passes.skip_plan import SkipMeasurement, SkipPlan, speedup_text
 from graphopt.passes.skip_strategies import (
     POSITION_ONLY,
@@ -49,6 +51,16 @@ class SkipLayers(ModulePass):
     choice of "greedy" and "exact" is then for the refitted model. With `granularity="sublayers"` the
     attention and the MLP of each block go separately, and `keep` and `remove` count these; a model
     without some sublayers cannot be written by `save_pretrained`, which then says so.
+
+    `strategy="fold"` (after FoldGPT, see `graphopt.passes.folding`) removes the blocks of least Block
+    Influence, and lets `shared` of those that stay (one of four, where None) run with the weights of a
+    neighbour: the same parameters, so that fewer are stored and gradients of all runs add up in them.
+    Each block keeps its place in the cache and norms of its own, fitted anew on `calibration`; a step
+    is as fast as without sharing. With `keep` only the sharing is chosen. `save_pretrained` writes the
+    weights of every block, since its format has none that are shared: what `from_pretrained` then
+    returns computes the same, with as much memory as without sharing, until
+    `graphopt.share_weights(loaded, plan)` shares them again. `state_dict` has every name, and tensors
+    in it are shared as in the model.
     """
 
     keep: Sequence[int] | None = None
@@ -62,6 +74,7 @@ class SkipLayers(ModulePass):
     compensation: str = "none"
     phase: str = "prefill"
     granularity: str = "layers"
+    shared: int | None = None
     name: ClassVar[str] = "skip-layers"
 
     def __post_init__(self) -> None:
@@ -79,6 +92,17 @@ class SkipLayers(ModulePass):
         if len(given) != 1:
             raise PlanError(f"give one of {', '.join(GOALS)}; given: {', '.join(given) or 'none'}")
         self._check_calibration(given[0])
+        self._check_shared()
+
+    def _check_shared(self) -> None:
+        if self.strategy == "fold" and not self.calibration:
+            raise PlanError("strategy='fold' needs calibration=, batches to fit the norms on")
+        if self.shared is None:
+            return
+        if self.strategy != "fold":
+            raise PlanError(f"shared={self.shared!r} is for strategy='fold', not {self.strategy!r}")
+        if type(self.shared) is not int or self.shared < 1:
+            raise PlanError(f"shared={self.shared!r}: one block or more runs with a neighbour's weights")
 
     def _check_calibration(self, goal: str) -> None:
         if self.calibration:
@@ -112,10 +136,14 @@ class SkipLayers(ModulePass):
         plan.check()
         if not self.calibration:
             return plan
-        plan = replace(plan, influence=evidence.influence)
-        if not evidence.has_logits:
-            return plan
-        return replace(plan, **asdict(evidence.quality(frozenset(plan.removed))))
+        plan, removed = replace(plan, influence=evidence.influence), frozenset(plan.removed)
+        if self.strategy == "fold":
+            short, groups, saved = folded(evidence, removed, self.shared)
+            plan = replace(plan, groups=groups, saved=saved)
+            quality = evidence.trials.quality(frozenset(), short) if evidence.has_logits else None
+        else:
+            quality = evidence.quality(removed) if evidence.has_logits else None
+        return plan if quality is None else replace(plan, **asdict(quality))
 
     def _chosen(self, evidence: Evidence) -> tuple[Removed, float | None]:
         """The blocks to remove, and the predicted speed-up where that is the goal."""
@@ -127,29 +155,36 @@ class SkipLayers(ModulePass):
         return self._within(evidence, choose), None
 
     def _fixed(self, evidence: Evidence, choose: Strategy, count: int) -> Removed:
-        if type(count) is not int or not 0 < count < evidence.count:
+        least = 0 if self.strategy == "fold" else 1
+        if type(count) is not int or not least <= count < evidence.count:
             what = "blocks" if self.granularity == "layers" else self.granularity
             raise PlanError(f"remove={count!r}: the model has {evidence.count} {what}, one has to stay")
         return choose(count)
 
     def _within(self, evidence: Evidence, choose: Strategy) -> Removed:
         """The most blocks without which the quality still is within the bound."""
-        found: Removed = frozenset()
-        for count in range(1, evidence.count):
+        found: Removed | None = None
+        for count in range(0 if self.strategy == "fold" else 1, evidence.count):
             try:
                 removed = choose(count)
+                quality = self._quality(evidence, removed)
             except PlanError:
-                if not found:
+                if found is None:
                     raise
                 break
-            quality = evidence.quality(removed)
             if excess := self._excess(quality):
-                if not found:
-                    name = evidence.units[min(removed)].name
-                    raise PlanError(f"{excess} already without one block, {name}; none can go")
+                if found is None:
+                    what = _without(evidence, removed)
+                    raise PlanError(f"{excess} already {what}; none can go")
                 break
             found = removed
-        return found
+        return found or frozenset()
+
+    def _quality(self, evidence: Evidence, removed: Removed) -> Quality:
+        """What is lost without the units `removed`, and by folding the others."""
+        if self.strategy != "fold":
+            return evidence.quality(removed)
+        return evidence.trials.quality(frozenset(), folded(evidence, removed, self.shared)[0])
 
     def _excess(self, quality: Quality) -> str | None:
         """How a bound is broken, in words; None where it is kept."""
@@ -212,10 +247,20 @@ class SkipLayers(ModulePass):
         check_function(model, evidence.units, removed, short, batch)
         if self.compensation != "none" and removed:
             evidence.refit(short, removed)
+        if plan.groups:
+            self._fold(evidence, short, plan)
         if can_be_saved(short):
             check_rebuild(short, stack, batch)
         check_generation(short, batch)
         return short
+
+    def _fold(self, evidence: Evidence, short: nn.Module, plan: SkipPlan) -> None:
+        if not self.calibration:
+            raise PlanError("the plan's blocks share weights; give calibration=, to fit the norms on")
+        stored = sum(parameter.numel() for parameter in short.parameters())
+        saved = fold(evidence, short, plan.kept, plan.groups)
+        check_shared(short, stored, saved)
+        let_save(short, plan.path)
 
     def measure(self, model: nn.Module, plan: SkipPlan, changed: nn.Module) -> SkipMeasurement:
         """Parameters; with calibration the quality of the result, and with a target its speed."""
@@ -244,3 +289,9 @@ class SkipLayers(ModulePass):
         given = tuple(as_batch(batch, model) for batch in self.calibration) or (made_up_batch(model),)
         stack = find_stack(model, given[0])
         return Evidence(model, stack, given, granularity or self.granularity, self.compensation)
+
+
+def _without(evidence: Evidence, removed: Removed) -> str:
+    if not removed:
+        return "by sharing weights"
+    return f"without one block, {evidence.units[min(removed)].name}"

@@ -6,6 +6,8 @@ from graphopt.errors import PlanError
 from graphopt.passes.layer_trials import Quality
 from graphopt.plan import Plan
 
+Groups = tuple[tuple[int, ...], ...]  # positions of blocks that share weights; the first owns them
+
 
 @dataclass(frozen=True)
 class SkipPlan(Plan):
@@ -13,9 +15,10 @@ class SkipPlan(Plan):
 
     `blocks` is how many there are, and `kept` the positions of those that stay. Where sublayers were
     chosen, `names` has the name of each (`3.attention`), and `kept` are positions in it. `influence` is
-    the Block Influence of every block; `kl` (nats per token), `top1` (share of tokens) and
-    `perplexity` are expected on the calibration batches; `speedup` is that of a step of the phase asked
-    for. Figures that nothing asked for are empty or None.
+    the Block Influence of every block. The blocks of each of `groups` run with the weights of its
+    first, their norms excepted, so that `saved` parameters less are stored. `kl` (nats per token),
+    `top1` (share of tokens) and `perplexity` are expected on the calibration batches; `speedup` is that
+    of a step of the phase asked for. Figures that nothing asked for are empty or None.
     """
 
     path: str
@@ -29,6 +32,8 @@ class SkipPlan(Plan):
     whole_perplexity: float | None = None
     speedup: float | None = None
     names: tuple[str, ...] = ()
+    groups: Groups = ()
+    saved: int = 0
 
     @property
     def units(self) -> int:
@@ -50,6 +55,19 @@ class SkipPlan(Plan):
             raise PlanError(f"keep={kept}: the {what} of {self.path} are 0 to {self.units - 1}")
         if sorted(set(kept)) != kept:
             raise PlanError(f"keep={kept}: positions ascend, each once")
+        self._check_groups()
+
+    def _check_groups(self) -> None:
+        if not self.groups:
+            return
+        groups = [list(group) for group in self.groups]
+        members = [i for group in groups for i in group]
+        if self.names:
+            raise PlanError(f"groups={groups}: whole blocks share weights, not sublayers")
+        if any(len(group) < 2 for group in groups) or len(set(members)) != len(members):
+            raise PlanError(f"groups={groups}: two blocks or more share weights, each in one group")
+        if gone := sorted(set(members) - set(self.kept)):
+            raise PlanError(f"groups={groups}: {', '.join(map(str, gone))} does not stay")
 
     def __str__(self) -> str:
         path = self.path or "the model"
@@ -59,6 +77,12 @@ class SkipPlan(Plan):
             f"  kept     {self._written(self.kept)}",
             f"  removed  {self._written(self.removed)}",
         ]
+        if self.groups:
+            shared = "; ".join(
+                f"{' '.join(map(str, others))} with the weights of {first}"
+                for first, *others in self.groups
+            )
+            lines.append(f"  shared   {shared}: {self.saved} parameters less")
         if self.influence:
             lines.append("  block influence  " + " ".join(f"{value:.3f}" for value in self.influence))
         figures = quality_text(self.kl, self.top1, self.perplexity, self.whole_perplexity)

@@ -378,6 +378,7 @@ STRATEGIES: dict[str, Callable[[Evidence], Strategy]] = {
     "block_influence": _by_influence,
     "angular": _by_angle,
     "exact": _exact,
+    "fold": _by_influence,  # what stays then shares weights
     "unified": _spaced(unified_kept),
     "unified_published": _spaced(unified_published_kept),
 }

@@ -56,6 +56,22 @@ def test_a_table_and_json(text: str, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert sum(p.numel() for p in short.parameters()) == data["parameters"] < data["whole_parameters"]
 
 
+def test_layers_that_share_weights(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, folder = tmp_path / "report.json", tmp_path / "folded"
+    options = ["--remove", "1", "--strategy", "fold", "--shared", "1", "--save", str(folder)]
+    assert main(["skip", "llama", *SMALL, *options, "--text", text, "--json", str(file)]) == 0
+    out, _ = capsys.readouterr()
+    data = json.loads(file.read_text())
+    ((source, block),) = data["plan"]["groups"]
+    assert [unit["weights_of"] for unit in data["units"] if unit["weights_of"]] == [str(source)]
+    (line,) = (line for line in out.splitlines() if "weights of" in line)
+    assert line.split()[0] == str(block) and f"weights of {source}" in line
+    assert f"{data['plan']['saved']} less by sharing" in out and "3 of 4 blocks" in out
+    loaded = transformers.LlamaForCausalLM.from_pretrained(folder)
+    stored = sum(p.numel() for p in loaded.parameters())
+    assert stored == data["parameters"] + data["plan"]["saved"]
+
+
 def test_sublayers_of_a_model_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "net.py"
     file.write_text(
@@ -94,6 +110,7 @@ REFUSED = [
     (["--keep", "0,x"], "--keep 0,x: positions are numbers"),
     (["--keep", "0,7"], "keep=[0, 7]: the blocks of model.layers are 0 to 3"),
     (["--remove", "1", "--strategy", "best"], "strategy='best' is none of greedy"),
+    (["--remove", "1", "--shared", "1"], "shared=1 is for strategy='fold'"),
     (["--remove", "1", "--text", "/nowhere"], "cannot read /nowhere"),
     (["--max-kl", "1e-9"], "max_kl=1e-09: the divergence is"),
     (["--remove", "1", "--granularity", "sublayers", "--save", "short"], "cannot say that a layer"),
