@@ -26,6 +26,7 @@ from graphopt.cost_models.measured import probe, probe_key
 from graphopt.cost_models.nodes import NodeCost, read_bytes, write_bytes
 from graphopt.cost_models.values import hint, operands, shape_of
 from graphopt.stream_ops import BODY_OF, COMMON, DROP, EXPECTED, ops
+from graphopt.streamed import some_spans
 
 aten = torch.ops.aten
 
@@ -78,7 +79,7 @@ def _scratch(target: Any, probed: bool, *arguments: Any) -> int:
     with _disable_current_modes(), FakeTensorMode(), torch.no_grad():
         made = [_made(a) for a in arguments]
         kept = torch.arange(made[0].shape[0], device=made[0].device) if made[DROP] else None
-        with _Counter(kept, probed) as counter:
+        with some_spans(), _Counter(kept, probed) as counter:
             result = BODY_OF[target](kept, *made)
     outputs = sum(_nbytes(t) for t in pytree.tree_leaves(result))
     products = {key: _product_scratch(*key) for key in counter.products}
