@@ -5,14 +5,14 @@ its schedule. A fused kernel holds the operands and results of all its parts at 
 the plan has far apart; where that raises the peak above the limit, the kernel is taken apart again.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
 from torch._inductor import memory
 from torch._inductor.codegen.cpp import OuterLoopFusedSchedulerNode
-from torch._inductor.ir import NonOwningLayout
+from torch._inductor.ir import FixedLayout, MultiOutput, NonOwningLayout
 from torch._inductor.scheduler import BaseSchedulerNode, FusedSchedulerNode, SchedulerNode
 from torch._inductor.virtualized import V
 from torch.utils._ordered_set import OrderedSet
@@ -28,11 +28,13 @@ class Half:
     are what library kernels hold while they run, by the name of their node. `returned` are the inputs
     that it returns, in the places of its results (None for others); where Inductor returns a copy in
     another layout, it is noted in `copies`, bytes by name, and counts in the half that is given it.
+    `views` are the names of what only looks at inputs of the forward, and so has no memory of its own.
     """
 
     room_bytes: int | None
     scratch_bytes: Mapping[str, int]
     returned: Sequence[str | None]
+    views: Collection[str]
     copies: dict[str, int]
     note_peak: Callable[[int], None]
 
@@ -73,7 +75,7 @@ class _Schedule:
 
     def __init__(self, nodes: Nodes, half: Half) -> None:
         self.nodes = nodes
-        buffers = _buffers(nodes, half.copies)
+        buffers = _buffers(nodes, half)
         self.held = [b for b in buffers if not _stays_inside(b, nodes)]
         leaving = {b.buffer.get_name() for b in self.held}
         over = {n: o for n, o in _written_over(nodes, buffers).items() if {n, o} <= leaving}
@@ -104,15 +106,15 @@ class _Schedule:
         return {self.nodes[s] for s in steps if s >= 0 and _is_group(self.nodes[s])}
 
 
-def _buffers(nodes: Nodes, copies: Mapping[str, int]) -> list[memory.BufferInfo]:
+def _buffers(nodes: Nodes, half: Half) -> list[memory.BufferInfo]:
     """Bytes and life of every buffer."""
     ends = {read.name: step for step, n in enumerate(nodes) for read in n.read_writes.reads}
     copied = [
         memory.BufferInfo(memory.FreeableInputBuffer(name), nbytes, nbytes, 0, ends.get(name, 0))
-        for name, nbytes in copies.items()
+        for name, nbytes in half.copies.items()
         if name in V.graph.graph_inputs
     ]
-    given = memory.get_freeable_input_buf(nodes, OrderedSet(V.graph.graph_inputs))
+    given = memory.get_freeable_input_buf(nodes, OrderedSet(V.graph.graph_inputs) - half.views)
     if nodes:
         scheduler = nodes[0].scheduler
         memory.assign_memory_planning_info_for_scheduler_buffers(nodes, scheduler.name_to_buf)
@@ -120,8 +122,23 @@ def _buffers(nodes: Nodes, copies: Mapping[str, int]) -> list[memory.BufferInfo]
         buffer.mpi_buffer.size_free = _nbytes(V.graph.graph_inputs[name])
     outputs = OrderedSet(V.graph.get_output_names())
     made = memory.compute_memory_timeline(nodes, given, outputs)[0]
+    _count_repeated_once(made)
     _count_parts_as_wholes(made)
     return [*made, *copied]
+
+
+def _count_repeated_once(buffers: Iterable[memory.BufferInfo]) -> None:
+    """What repeats along a dimension is stored once; Inductor counts as many elements as it shows."""
+    lives = {b.buffer.get_name(): b for b in buffers}
+    for life in lives.values():
+        node: Any = getattr(life.buffer, "node", None)
+        if node is None or type(node.layout) is not FixedLayout or not life.size_free:
+            continue
+        shown = _nbytes(node)
+        repeated = max(0, shown - int(node.layout.storage_size()) * int(node.get_dtype().itemsize))
+        life.size_free -= repeated
+        maker = lives[node.inputs[0].get_name()] if isinstance(node, MultiOutput) else life
+        maker.size_alloc -= repeated
 
 
 def _count_parts_as_wholes(buffers: Iterable[memory.BufferInfo]) -> None:
