@@ -17,6 +17,7 @@ from graphopt.program import Program, Role, leaves, tensors_of
 
 NO_PRODUCER = -1  # exists before the step and stays: a parameter, a batch
 EXTERNAL = -2  # in a part of a dataflow: made by another part
+BLOCK = "graphopt_block"  # in the facts of a node: the name of the block that it belongs to
 CUDA_STATE_BYTES = 16  # seed and offset of the Philox generator
 
 
@@ -36,7 +37,9 @@ class Operator:
     `reusable` are the values that the operator may write its (single) result over where it is the
     last to read them. An `anchored` operator of the backward runs once, in its place; the others run
     when what they make is asked for. `state` is the value that holds the generator's state before a
-    random operator; it exists only where the operator is replayed.
+    random operator; it exists only where the operator is replayed. The operators of a `block` work on
+    one part of a thing behind the other: no place between them is a border, and those of the backward
+    run once.
     """
 
     name: str
@@ -50,6 +53,7 @@ class Operator:
     anchored: bool
     recomputable: bool
     state: int | None
+    block: str | None = None
 
 
 @dataclass(frozen=True)
@@ -178,9 +182,10 @@ class _Builder:
             cost.flops,
             self.workspace.get(node.name, 0),
             backward,
-            backward and (node in self.tainted or returns or not recomputable),
+            backward and (node in self.tainted or returns or not recomputable or BLOCK in node.meta),
             recomputable,
             self._state(node),
+            node.meta.get(BLOCK),
         )
 
     def _state(self, node: fx.Node) -> int | None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from graphopt.passes.skip_layers import SkipLayers
     from graphopt.passes.sparse_update import SparseUpdate
     from graphopt.passes.split_vocab import SplitVocab
+    from graphopt.passes.stream_blocks import StreamBlocks
     from graphopt.passes.stream_loss import StreamLoss
     from graphopt.program import Program
     from graphopt.report import Report
@@ -49,6 +50,7 @@ __all__ = [
     "SparseUpdate",
     "SpeculativeDecoder",
     "SplitVocab",
+    "StreamBlocks",
     "StreamLoss",
     "TraceError",
     "VerifyError",
@@ -86,6 +88,7 @@ _LAZY = {
     "SparseUpdate": "graphopt.passes.sparse_update",
     "SpeculativeDecoder": "graphopt.speculative",
     "SplitVocab": "graphopt.passes.split_vocab",
+    "StreamBlocks": "graphopt.passes.stream_blocks",
     "StreamLoss": "graphopt.passes.stream_loss",
     "TraceError": "graphopt.errors",
     "VerifyError": "graphopt.errors",

@@ -53,7 +53,7 @@ def optimize(
     Args:
         model: an `nn.Module`, or a function such as a whole loss computation.
         memory: bound on the peak of the step, parameters and gradients included: bytes, "6GiB", a
-            share of the plain peak (0.4), "min", or None to recompute nothing heavy.
+            share of the plain peak (0.4), "min", or None: nothing heavy again. May use `StreamBlocks`.
         activations: bound on what the step allocates besides gradients, in the same forms.
         passes: passes to run instead of `[Checkpoint(memory=memory, activations=activations)]`. After
             `SkipLayers` alone the result is a changed copy, a plain module with a `report`.
@@ -86,11 +86,11 @@ def optimize(
     chosen, model = _passes(rest, memory, activations), run_module_passes(model, first)
     if (first or mesh is not None) and not chosen and loss is None and compiler == "eager":
         return model
-    settings = Settings(chosen, _compiler(compiler), _device(device, model), profile, verify)
+    runs, known = _compiler(compiler), _device(device, model)
+    settings = Settings(chosen, runs, known, profile, verify, passes is None and runs == "eager")
     state = _State(settings, fullgraph, loss, _name(model))
-    if isinstance(model, nn.Module):
-        return _optimized_module(model, state)
-    return OptimizedFunction(model, state)
+    wrapped: Any = _optimized_module if isinstance(model, nn.Module) else OptimizedFunction
+    return wrapped(model, state)
 
 
 def _check(model: Any, verify: str) -> None:

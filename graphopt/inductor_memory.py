@@ -114,7 +114,7 @@ def _buffers(nodes: Nodes, half: Half) -> list[memory.BufferInfo]:
         for name, nbytes in half.copies.items()
         if name in V.graph.graph_inputs
     ]
-    given = memory.get_freeable_input_buf(nodes, OrderedSet(V.graph.graph_inputs) - half.views)
+    given = memory.get_freeable_input_buf(nodes, OrderedSet(V.graph.graph_inputs) - set(half.views))
     if nodes:
         scheduler = nodes[0].scheduler
         memory.assign_memory_planning_info_for_scheduler_buffers(nodes, scheduler.name_to_buf)
@@ -137,8 +137,8 @@ def _count_repeated_once(buffers: Iterable[memory.BufferInfo]) -> None:
         shown = _nbytes(node)
         repeated = max(0, shown - int(node.layout.storage_size()) * int(node.get_dtype().itemsize))
         life.size_free -= repeated
-        maker = lives[node.inputs[0].get_name()] if isinstance(node, MultiOutput) else life
-        maker.size_alloc -= repeated
+        parent: Any = node.inputs[0] if isinstance(node, MultiOutput) else node
+        lives[parent.get_name()].size_alloc -= repeated
 
 
 def _count_parts_as_wholes(buffers: Iterable[memory.BufferInfo]) -> None:

@@ -24,7 +24,7 @@ _DROPOUT_ARGUMENT: dict[Any, int] = {
     aten.native_dropout.default: 1,
 }
 
-# Pointwise operators that may write their result over an operand of the same layout: the operator
+# Operators that may write their result over an operand of the same layout: the operator
 # that does it, and the operand positions that may be overwritten. ``out`` says that the target takes
 # the destination as ``out=``; otherwise the target is the in-place form, whose first argument is it.
 _OVERWRITE: dict[Any, tuple[Any, tuple[int, ...], bool]] = {
@@ -53,6 +53,8 @@ _OVERWRITE: dict[Any, tuple[Any, tuple[int, ...], bool]] = {
     aten.gelu_backward.default: (aten.gelu_backward.grad_input, (0, 1), True),
     aten.silu_backward.default: (aten.silu_backward.grad_input, (0, 1), True),
     aten.threshold_backward.default: (aten.threshold_backward.grad_input, (0, 1), True),
+    # A product added to a matrix: BLAS adds to its result where it lies.
+    aten.addmm.default: (aten.addmm_.default, (0,), False),
     # Row by row: a row is reduced before any of it is written.
     aten._softmax.default: (aten._softmax.out, (0,), True),
     aten._log_softmax.default: (aten._log_softmax.out, (0,), True),

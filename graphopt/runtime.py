@@ -21,6 +21,7 @@ from graphopt.numerics import compare_numerics
 from graphopt.passes.base import Pass
 from graphopt.passes.pipeline import PassStep, run_passes
 from graphopt.passes.replay import RECOMPUTE_OF
+from graphopt.passes.stream_blocks import with_streamed_blocks
 from graphopt.program import Program, Role, bytes_behind, tensors_of
 from graphopt.split import as_saved, backward_module, forward_module, saved_nodes
 from graphopt.tangents import unlikely_tangents, without_gradients
@@ -37,7 +38,8 @@ class Settings:
     """How graphs are compiled: the passes, the compiler ("eager", "inductor"), and whose costs count.
 
     With `profile` the time of every distinct operator is measured instead of predicted. `verify` is
-    "structure", or "full" to compare the numerics of every rewritten graph, too.
+    "structure", or "full" to compare the numerics of every rewritten graph, too. With `streams_blocks` a
+    budget that a `Checkpoint` alone cannot meet is tried again with `StreamBlocks` before it.
     """
 
     passes: tuple[Pass, ...]
@@ -45,6 +47,7 @@ class Settings:
     device: Device
     profile: bool = False
     verify: str = "structure"
+    streams_blocks: bool = False
 
 
 @dataclass(frozen=True)
@@ -197,7 +200,13 @@ class _Graph:
 
     def _run_passes(self, program: Program) -> Program:
         traced = time.perf_counter() - self.log.begin
-        planned, steps = run_passes(program, self.settings.passes, self._costs, time.perf_counter)
+        try:
+            planned, steps = run_passes(program, self.settings.passes, self._costs, time.perf_counter)
+        except PlanError as error:
+            if not self.settings.streams_blocks:
+                raise
+            passes = with_streamed_blocks(self.settings.passes, error)
+            planned, steps = run_passes(program, passes, self._costs, time.perf_counter)
         self.steps = steps
         if self.settings.verify == "full":
             compare_numerics(planned, program)

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from graphopt.passes.skip_layers import SkipLayers
     from graphopt.passes.sparse_update import SparseUpdate
     from graphopt.passes.split_vocab import SplitVocab
+    from graphopt.passes.stream_blocks import StreamBlocks
     from graphopt.passes.stream_loss import StreamLoss
 
 if __name__ != "graphopt.passes":
@@ -24,6 +25,7 @@ __all__ = [
     "SkipLayers",
     "SparseUpdate",
     "SplitVocab",
+    "StreamBlocks",
     "StreamLoss",
 ]
 
@@ -36,6 +38,7 @@ _LAZY = {
     "SkipLayers": "graphopt.passes.skip_layers",
     "SparseUpdate": "graphopt.passes.sparse_update",
     "SplitVocab": "graphopt.passes.split_vocab",
+    "StreamBlocks": "graphopt.passes.stream_blocks",
     "StreamLoss": "graphopt.passes.stream_loss",
 }
 

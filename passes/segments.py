@@ -38,7 +38,7 @@ class Spans:
 def spans(flow: Dataflow) -> Spans:
     """Cut the forward of `flow` at its local minima and give each span its part of the backward."""
     last = _last_forward_reads(flow)
-    cuts = _cuts(_crossing_bytes(flow, last))
+    cuts = _cuts(_crossing_bytes(flow, last), _within_blocks(flow))
     crossing = _crossing(flow, last, cuts)
     first = _span_of_positions(cuts)
     lives = {
@@ -104,12 +104,24 @@ def _crossing_bytes(flow: Dataflow, last: dict[int, int]) -> np.ndarray:
     return np.cumsum(change)[: len(flow.forward) + 1]
 
 
-def _cuts(width: np.ndarray) -> list[int]:
-    """Local minima of `width`, each separated from the next by a rise of at least `RISE`."""
+def _within_blocks(flow: Dataflow) -> np.ndarray:
+    """For each position of the forward, whether it lies between operators of one block."""
+    blocks = [flow.operators[i].block for i in flow.forward]
+    within = np.zeros(len(blocks) + 1, dtype=bool)
+    for block in set(blocks) - {None}:
+        first, after_last = blocks.index(block), len(blocks) - blocks[::-1].index(block)
+        within[first + 1 : after_last] = True
+    return within
+
+
+def _cuts(width: np.ndarray, forbidden: np.ndarray) -> list[int]:
+    """Local minima of `width` that are not `forbidden`, with a rise of at least `RISE` between them."""
     end = len(width) - 1
     cuts = [0]
     lowest, highest, falling = 0, 0, False
     for t in range(1, end):
+        if forbidden[t]:
+            continue
         if falling:
             if width[t] < width[lowest]:
                 lowest = t

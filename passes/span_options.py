@@ -91,6 +91,7 @@ class _Search:
         self.found: dict[Labels, Option] = {}
         self.budget = SIMULATED_STEPS
         self.border_bytes = self._bytes(problem.borders)
+        self.asked = {v for a in self.order for v in self.flow.operators[a].reads}
         self.choices = self._choices()
         self.always = problem.must_keep | self._small()
         self.density = {v: self._density(v) for v in self.choices}
@@ -101,7 +102,6 @@ class _Search:
             problem.borders | problem.leaving,
             problem.entering,
         )
-        self.asked = {v for a in self.order for v in self.flow.operators[a].reads}
 
     def run(self, seeds: Iterable[Labels]) -> tuple[Option, ...]:
         """Thresholds and seeds first, then descents from the best of what was found."""
@@ -129,6 +129,7 @@ class _Search:
             and v.nbytes > SMALL * largest
             and i not in self.problem.must_keep
             and not self.flow.operators[v.producer].anchored
+            and (self.flow.operators[v.producer].block is None or i in self.asked)
         ]
 
     def _small(self) -> frozenset[int]:
