@@ -8,7 +8,7 @@ parameters and batch, gradients included, as the allocator measured it; every le
 - "plain": transformers' model as it is;
 - "per-block": its own checkpointing of each block (`torch.utils.checkpoint`, not reentrant);
 - "per-block, chunked loss": the same, and `F.linear_cross_entropy` in chunks, where torch has it;
-- "ours": `StreamLoss` and `Checkpoint(memory=budget)` in one call of `graphopt.optimize`.
+- "ours": `StreamLoss`, `StreamBlocks` and `Checkpoint(memory=budget)` in one call of `graphopt.optimize`.
 
 The longest length is found by bisection, to `--grain` tokens or 3 %. Step times are of all ways in turn
 at the length that per-block reaches, the median of the rounds after one that does not count, and of
@@ -30,7 +30,7 @@ from harness import MB, answer, fresh, note, peak_of, records, run_step, spawned
 from torch import Tensor, nn
 
 import graphopt
-from graphopt import Checkpoint, PlanError, StreamLoss
+from graphopt import Checkpoint, PlanError, StreamBlocks, StreamLoss
 
 BAR = 2.5  # times the longest sequence of per-block checkpointing
 VOCABULARY = 32000
@@ -92,7 +92,8 @@ def _static_bytes(model: nn.Module, length: int) -> int:
 
 def _ours(model: nn.Module, budget: int, length: int) -> nn.Module:
     memory = budget + _static_bytes(model, length)
-    return graphopt.optimize(model, passes=[StreamLoss(returns="loss"), Checkpoint(memory=memory)])
+    passes = [StreamLoss(returns="loss"), StreamBlocks(), Checkpoint(memory=memory)]
+    return graphopt.optimize(model, passes=passes)
 
 
 Way = Callable[[nn.Module, int, int], nn.Module]  # of a model, the budget in bytes, and a length
