@@ -2,6 +2,8 @@
 
     python benchmarks/skip_layers.py [--steps 700] [--cache FOLDER] [--strategies NAME ...] [--sublayers]
 
+Results of strategies that are not named are kept.
+
 A small Llama (8 layers of width 256) is trained once, with autocast to bfloat16, on the bytes of
 Python's own library sources; its weights are kept in the cache folder. Blocks are chosen and
 projections refitted on files of the training text; figures are of files that were never seen.
@@ -19,7 +21,7 @@ from typing import Any
 
 import torch
 from byte_models import batch, config, texts, trained
-from harness import note, setup, table, write
+from harness import note, setup, stored, table, write
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
@@ -212,10 +214,14 @@ def main() -> None:
         name: [batch(text, generator, SAMPLES, TOKENS) for _ in range(BATCHES[name])]
         for name, text in (("calibration", seen), ("held out", unseen))
     }
+    old: dict[str, list[Row]] = stored("skip_layers", {"layers": [], "sublayers": [], "fold": []})
     names = [name for name in options.strategies if name != "fold"]
-    data = rows(model, batches, names, "layers") if names else []
-    folds = fold_rows(model, batches) if "fold" in options.strategies else []
-    sublayers = rows(model, batches, ["greedy"], "sublayers") if options.sublayers else []
+    data = [row for row in old["layers"] if row["strategy"] not in names]
+    data += rows(model, batches, names, "layers") if names else []
+    folds = fold_rows(model, batches) if "fold" in options.strategies else old["fold"]
+    sublayers = old["sublayers"]
+    if options.sublayers:
+        sublayers = rows(model, batches, ["greedy"], "sublayers")
     text = report(data, sublayers, folds, evaluations())
     found = {"layers": data, "sublayers": sublayers, "fold": folds}
     write("skip_layers", "Quality without layers", found, text)
