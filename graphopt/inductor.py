@@ -54,7 +54,7 @@ def compile_with_inductor(
     The backward is compiled here and not at its first call, so that the peak of the step is known.
     """
     copies: dict[str, int] = {}
-    views: set[str] = set()
+    owners: dict[str, str | None] = {}
 
     def inner(part: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Any:
         placeholders = [n for n in part.graph.nodes if n.op == "placeholder"]
@@ -62,12 +62,12 @@ def compile_with_inductor(
             graph.record_inference(part)
         results: Any = part.graph.output_node().args[0]
         returned = [n.name if n in placeholders else None for n in results]
-        half = Half(graph.room_bytes, graph.scratch_bytes, returned, views, copies, graph.note_peak)
+        half = Half(graph.room_bytes, graph.scratch_bytes, returned, owners, copies, graph.note_peak)
         with config.patch({"_post_fusion_custom_pass": lambda nodes: half.fitted(nodes), **_AS_PLANNED}):
             compiled = compile_fx_inner(part, inputs, **options)
         return graph.backward_of(placeholders, compiled) if options.get("is_backward") else compiled
 
-    patches = {"custom_partitioner_fn": _Partitioner(graph, views)}
+    patches = {"custom_partitioner_fn": _Partitioner(graph, owners)}
     with torch._functorch.config.patch(force_non_lazy_backward_lowering=True):
         compiled: Any = compile_fx(
             module, list(example_inputs), inner_compile=inner, config_patches=patches
@@ -115,20 +115,35 @@ def _hide_product(product: fx.Node, user: fx.Node) -> None:
     user.replace_input_with(product, same)
 
 
+def _saved_views(forward: fx.Graph) -> dict[str, str | None]:
+    """Results of `forward` that look at an input of it, or at all of the storage of an earlier result."""
+    storages, first, found = storages_of(forward), dict[Any, str](), dict[str, str | None]()
+    for node in forward.output_node().all_input_nodes:
+        tensor = node.meta["val"]
+        if len(storages[node]) != 1 or not isinstance(tensor, torch.Tensor):
+            continue
+        (storage,) = storages[node]
+        if storage[0].op == "placeholder":
+            found[node.name] = None
+        elif tensor.numel() * tensor.element_size() == bytes_behind(node):
+            owner = first.setdefault(storage, node.name)
+            found |= {node.name: owner} if owner != node.name else {}
+    return found
+
+
 class _Partitioner(CustomPartitionerFn):
     """Our partition as Inductor calls it. A plan belongs to one process, so nothing is cached.
 
-    `views` gets the names of what is saved and only looks at an input of the forward.
+    `owners` gets the name of each saved view, and that of the saved tensor with all of its storage, None
+    where that is an input of the forward.
     """
 
-    def __init__(self, graph: PlannedGraph, views: set[str]) -> None:
-        self.graph, self.views = graph, views
+    def __init__(self, graph: PlannedGraph, owners: dict[str, str | None]) -> None:
+        self.graph, self.owners = graph, owners
 
     def __call__(self, gm: torch.fx.GraphModule, joint_inputs: Sequence[object], **options: Any) -> Any:
         forward, backward = self.graph.partition(gm, joint_inputs, **options)
-        storages = storages_of(forward.graph)
-        saved = forward.graph.output_node().all_input_nodes
-        self.views |= {n.name for n in saved if all(s.op == "placeholder" for s, _ in storages[n])}
+        self.owners.update(_saved_views(forward.graph))
         _let_strides_change(backward)
         if self.graph.room_bytes is not None:
             keep_places(backward)

@@ -5,7 +5,7 @@ its schedule. A fused kernel holds the operands and results of all its parts at 
 the plan has far apart; where that raises the peak above the limit, the kernel is taken apart again.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -28,13 +28,14 @@ class Half:
     are what library kernels hold while they run, by the name of their node. `returned` are the inputs
     that it returns, in the places of its results (None for others); where Inductor returns a copy in
     another layout, it is noted in `copies`, bytes by name, and counts in the half that is given it.
-    `views` are the names of what only looks at inputs of the forward, and so has no memory of its own.
+    Of what is saved, `owners` have the views: by name the saved tensor that has all of their storage,
+    None where an input of the forward has it.
     """
 
     room_bytes: int | None
     scratch_bytes: Mapping[str, int]
     returned: Sequence[str | None]
-    views: Collection[str]
+    owners: Mapping[str, str | None]
     copies: dict[str, int]
     note_peak: Callable[[int], None]
 
@@ -114,7 +115,8 @@ def _buffers(nodes: Nodes, half: Half) -> list[memory.BufferInfo]:
         for name, nbytes in half.copies.items()
         if name in V.graph.graph_inputs
     ]
-    given = memory.get_freeable_input_buf(nodes, OrderedSet(V.graph.graph_inputs) - set(half.views))
+    fixed = {name for name, owner in half.owners.items() if owner is None}
+    given = memory.get_freeable_input_buf(nodes, OrderedSet(V.graph.graph_inputs) - fixed)
     if nodes:
         scheduler = nodes[0].scheduler
         memory.assign_memory_planning_info_for_scheduler_buffers(nodes, scheduler.name_to_buf)
@@ -123,8 +125,23 @@ def _buffers(nodes: Nodes, half: Half) -> list[memory.BufferInfo]:
     outputs = OrderedSet(V.graph.get_output_names())
     made = memory.compute_memory_timeline(nodes, given, outputs)[0]
     _count_repeated_once(made)
+    _count_views_with(half.owners, made)
     _count_parts_as_wholes(made)
     return [*made, *copied]
+
+
+def _count_views_with(owners: Mapping[str, str | None], buffers: Iterable[memory.BufferInfo]) -> None:
+    """A saved view has no memory of its own; what owns it stays as long as either is read."""
+    lives = {b.buffer.get_name(): b for b in buffers}
+    whole = dict[str | None, memory.BufferInfo]()
+    for name, owner in [*((o, o) for o in owners.values() if o in lives), *owners.items()]:
+        if name is None or owner is None or name not in lives:
+            continue
+        first, life = whole.setdefault(owner, lives[name]), lives[name]
+        if first is not life:
+            stays = min(first.end_step, life.end_step) < 0
+            first.end_step = -1 if stays else max(first.end_step, life.end_step)
+            life.size_alloc = life.size_free = 0
 
 
 def _count_repeated_once(buffers: Iterable[memory.BufferInfo]) -> None:

@@ -241,9 +241,11 @@ class _Graph:
     @property
     def scratch_bytes(self) -> Mapping[str, int]:
         """What library kernels hold while they run, by the name of their node."""
-        known = self._logged.costs.workspace_bytes
-        nodes = self._logged.after.operators()
-        return {n.name: known.get(n.meta.get(RECOMPUTE_OF, n.name), 0) for n in nodes}
+        costs = self._logged.costs
+        makers = {n.name: n.meta.get(RECOMPUTE_OF, n.name) for n in self._logged.after.operators()}
+        new = [n for n in self._logged.after.operators() if makers[n.name] not in costs.nodes]
+        known = costs.with_nodes(new).workspace_bytes
+        return {name: known.get(maker, 0) for name, maker in makers.items()}
 
     def note_peak(self, peak_bytes: int) -> None:
         """What one half of the step holds at most beside parameters and inputs, as compiled."""
