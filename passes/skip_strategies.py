@@ -31,6 +31,7 @@ Strategy = Callable[[int], Removed]  # the blocks to remove, given how many
 EXACT_TRIALS = 2000  # sets of blocks that "exact" tries at most
 CANDIDATES = 6  # units of least score that a step of "greedy" tries
 FINALISTS = 6  # of these, how many are compared after compensation
+SURE = 3  # of these, for the best set: what runs whatever it costs
 BEAM = 3  # sets of each size that "greedy" continues
 BEAM_SHARE, SWAP_SHARE = 0.25, 0.3  # of the naive number of layer runs: what it has to stay below
 FREE_RUNS = 500  # of layers on a batch, that need no such share
@@ -199,9 +200,10 @@ class Greedy:
     a trial starts from the states of the current model in front of what it removes; the `BEAM` best
     sets of a step are continued, not only the best; where the loss is another than the divergence, as
     after compensation, the `FINALISTS` of least divergence are compared by it; and at the end a removed
-    unit returns for another one as long as that lowers the loss. Sets beside the best, and swaps, are
-    tried only within the shares `BEAM_SHARE` and `SWAP_SHARE` of the naive number of layer runs
-    (`naive_runs`), or `FREE_RUNS`. The result is not always the best of all sets, which "exact" finds.
+    unit returns for another one as long as that lowers the loss. Sets beside the best, candidates behind
+    the first `SURE`, and swaps are tried only within the shares `BEAM_SHARE` and `SWAP_SHARE` of the
+    naive number of layer runs (`naive_runs`), or `FREE_RUNS`. The result is not always the best of all
+    sets, which "exact" finds.
     """
 
     def __init__(
@@ -229,13 +231,14 @@ class Greedy:
     def _grown(self, sets: Ranking) -> Ranking:
         """The best sets with one unit more."""
         found: dict[Removed, float] = {}
-        limit = math.inf
+        sure = SURE
         for removed, _ in sets:
+            limit = self._limit(len(removed) + 1, BEAM_SHARE)
             left = [i for i in self.order if i not in removed]
             candidates = left[: max(CANDIDATES, len(self.order) // 4)]
             candidates.sort(key=lambda i: self.scores.get(i, math.inf))  # likely ones bound the others
-            self._try(removed, [(removed | {i}, i) for i in candidates], limit, found)
-            limit = self._limit(len(removed) + 1, BEAM_SHARE)
+            self._try(removed, [(removed | {i}, i) for i in candidates], limit, found, sure)
+            sure = 0
         if not found:
             raise PlanError(f"no more than {len(sets[0][0])} sublayers can go: an attention has to stay")
         units = frozenset[int]().union(*found)
@@ -262,13 +265,14 @@ class Greedy:
         trials: Iterable[tuple[Removed, int]],
         limit: float,
         found: dict[Removed, float],
+        sure: int = 0,
     ) -> None:
-        """Add the divergence of each trial to `found`, as long as the layer runs stay within `limit`;
-        that of those which are not among the best is a lower bound.
+        """Add the divergence of each trial to `found`, after `sure` ones as long as the layer runs stay
+        within `limit`; that of those which are not among the best is a lower bound.
 
         A trial is a set, and its first unit that makes it another than `base`.
         """
-        if self._cost(0) > limit:
+        if self._cost(0) > limit and not sure:
             return
         begin = self.trials.layer_runs - self.runs
         states = self.trials.states_without(base)
@@ -276,8 +280,11 @@ class Greedy:
         for removed, first in trials:
             self.runs = self.trials.layer_runs - begin
             block = self.trials.units[first].block
-            if removed in found or self._cost(block) > limit or not self.possible(removed):
+            if removed in found or not self.possible(removed):
                 continue
+            if self._cost(block) > limit and sure <= 0:
+                continue
+            sure -= 1
             bound = sorted(found.values())[enough - 1] if len(found) >= enough else math.inf
             found[removed] = self.trials.kl(removed, (block, states), bound)
         self.runs = self.trials.layer_runs - begin
