@@ -6,6 +6,7 @@ Small zoo models (two layers, 64 wide) on 4 samples of 64 tokens, with a vocabul
 as in many models that are trained. Peaks are of the step, above parameters, buffers and batch; with
 `Checkpoint` it is the least reachable one. "off" is how far a prediction of the whole step's peak lies
 from the measurement. Under "inductor" plain is `torch.compile`. Each model has a process of its own.
+Results of models and compilers that are not named are kept.
 """
 
 import argparse
@@ -111,7 +112,9 @@ def main() -> None:
             found.append(spawned(__file__, ["--worker", name, *given]))
             if "error" in found[-1]:
                 raise SystemExit(f"{name}, {compiler}: {found[-1]['error']}")
-        rows = replaced(rows, found)
+        measured = {r["compiler"] for r in found}
+        others = [r for r in rows if r["model"] == name and r["compiler"] not in measured]
+        rows = replaced(rows, [*others, *found])
         write("stream_models", "Streamed losses of language models", rows, report(rows))
 
 
