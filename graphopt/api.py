@@ -86,11 +86,11 @@ def optimize(
     chosen, model = _passes(rest, memory, activations), run_module_passes(model, first)
     if (first or mesh is not None) and not chosen and loss is None and compiler == "eager":
         return model
-    runs, known = _compiler(compiler), _device(device, model)
-    settings = Settings(chosen, runs, known, profile, verify, passes is None and runs == "eager")
+    settings = Settings(chosen, _compiler(compiler), _device(device, model), profile, verify, not passes)
     state = _State(settings, fullgraph, loss, _name(model))
-    wrapped: Any = _optimized_module if isinstance(model, nn.Module) else OptimizedFunction
-    return wrapped(model, state)
+    if isinstance(model, nn.Module):
+        return _optimized_module(model, state)
+    return OptimizedFunction(model, state)
 
 
 def _check(model: Any, verify: str) -> None:

@@ -117,7 +117,7 @@ class _Rows:
     def _all_of(self, node: fx.Node) -> Any:
         if node not in self.whole:
             sizes = (t.numel() for t in tensors_of(node) if t is not None)
-            if node.op != "call_function" or sum(sizes) > ENTRIES:
+            if sum(sizes) > ENTRIES:
                 raise _NotConstant
             args, kwargs = map_arg((node.args, _on_cpu(node)), self._all_of)
             self.whole[node] = _run(node, args, kwargs)

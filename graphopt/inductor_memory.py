@@ -18,6 +18,7 @@ from torch._inductor.virtualized import V
 from torch.utils._ordered_set import OrderedSet
 
 Nodes = list[BaseSchedulerNode]
+Lives = Mapping[str, memory.BufferInfo]  # by the buffer's name
 
 
 @dataclass(frozen=True)
@@ -124,29 +125,31 @@ def _buffers(nodes: Nodes, half: Half) -> list[memory.BufferInfo]:
         buffer.mpi_buffer.size_free = _nbytes(V.graph.graph_inputs[name])
     outputs = OrderedSet(V.graph.get_output_names())
     made = memory.compute_memory_timeline(nodes, given, outputs)[0]
-    _count_repeated_once(made)
-    _count_views_with(half.owners, made)
-    _count_parts_as_wholes(made)
+    lives = {b.buffer.get_name(): b for b in made}
+    _count_repeated_once(lives)
+    _count_views_with(half.owners, lives)
+    _count_parts_as_wholes(lives)
     return [*made, *copied]
 
 
-def _count_views_with(owners: Mapping[str, str | None], buffers: Iterable[memory.BufferInfo]) -> None:
+def _count_views_with(owners: Mapping[str, str | None], lives: Lives) -> None:
     """A saved view has no memory of its own; what owns it stays as long as either is read."""
-    lives = {b.buffer.get_name(): b for b in buffers}
-    whole = dict[str | None, memory.BufferInfo]()
-    for name, owner in [*((o, o) for o in owners.values() if o in lives), *owners.items()]:
-        if name is None or owner is None or name not in lives:
-            continue
-        first, life = whole.setdefault(owner, lives[name]), lives[name]
-        if first is not life:
-            stays = min(first.end_step, life.end_step) < 0
-            first.end_step = -1 if stays else max(first.end_step, life.end_step)
+    for owner in dict.fromkeys(owner for owner in owners.values() if owner is not None):
+        names = (owner, *(name for name, other in owners.items() if other == owner))
+        group = [lives[name] for name in names if name in lives]
+        for life in group[1:]:
+            group[0].end_step = _later_end(group[0], life)
             life.size_alloc = life.size_free = 0
 
 
-def _count_repeated_once(buffers: Iterable[memory.BufferInfo]) -> None:
+def _later_end(one: memory.BufferInfo, other: memory.BufferInfo) -> int:
+    """The last step of two lives, -1 where one of them stays."""
+    ends = one.end_step, other.end_step
+    return -1 if min(ends) < 0 else max(ends)
+
+
+def _count_repeated_once(lives: Lives) -> None:
     """What repeats along a dimension is stored once; Inductor counts as many elements as it shows."""
-    lives = {b.buffer.get_name(): b for b in buffers}
     for life in lives.values():
         node: Any = getattr(life.buffer, "node", None)
         if node is None or type(node.layout) is not FixedLayout or not life.size_free:
@@ -158,22 +161,20 @@ def _count_repeated_once(buffers: Iterable[memory.BufferInfo]) -> None:
         lives[parent.get_name()].size_alloc -= repeated
 
 
-def _count_parts_as_wholes(buffers: Iterable[memory.BufferInfo]) -> None:
+def _count_parts_as_wholes(lives: Lives) -> None:
     """What is written into its place in a concatenation has no memory of its own.
 
     The whole is there from its first part on, and as long as one of them is read.
     """
-    lives = {b.buffer.get_name(): b for b in buffers}
     for life in lives.values():
         whole = _whole_of(life, lives)
         if whole is not life:
             life.size_alloc = life.size_free = 0
             whole.start_step = min(whole.start_step, life.start_step)
-            stays = min(whole.end_step, life.end_step) < 0
-            whole.end_step = -1 if stays else max(whole.end_step, life.end_step)
+            whole.end_step = _later_end(whole, life)
 
 
-def _whole_of(life: memory.BufferInfo, lives: Mapping[str, memory.BufferInfo]) -> memory.BufferInfo:
+def _whole_of(life: memory.BufferInfo, lives: Lives) -> memory.BufferInfo:
     layout = getattr(getattr(life.buffer, "node", None), "layout", None)
     if not isinstance(layout, NonOwningLayout):
         return life

@@ -39,7 +39,7 @@ class Settings:
 
     With `profile` the time of every distinct operator is measured instead of predicted. `verify` is
     "structure", or "full" to compare the numerics of every rewritten graph, too. With `streams_blocks` a
-    budget that a `Checkpoint` alone cannot meet is tried again with `StreamBlocks` before it.
+    budget that a `Checkpoint` alone cannot meet in eager order is tried again with `StreamBlocks`.
     """
 
     passes: tuple[Pass, ...]
@@ -203,7 +203,7 @@ class _Graph:
         try:
             planned, steps = run_passes(program, self.settings.passes, self._costs, time.perf_counter)
         except PlanError as error:
-            if not self.settings.streams_blocks:
+            if not self.settings.streams_blocks or self.settings.compiler != "eager":
                 raise
             passes = with_streamed_blocks(self.settings.passes, error)
             planned, steps = run_passes(program, passes, self._costs, time.perf_counter)
