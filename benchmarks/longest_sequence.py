@@ -1,6 +1,6 @@
 """The longest sequence that trains within a budget of memory: a small Llama, four ways.
 
-    python benchmarks/longest_sequence.py [--budget 256] [--grain 64] [--rounds 3]
+    python benchmarks/longest_sequence.py [--budget 256] [--grain 64] [--rounds 3] [--times]
 
 One sample, float32, one thread, a vocabulary of 32000. The budget (MB) is for the peak of a step above
 parameters and batch, gradients included, as the allocator measured it; every length is run. The ways:
@@ -12,7 +12,7 @@ parameters and batch, gradients included, as the allocator measured it; every le
 
 The longest length is found by bisection, to `--grain` tokens or 3 %. Step times are of all ways in turn
 at the length that per-block reaches, the median of the rounds after one that does not count, and of
-each at its own longest.
+each at its own longest; `--times` takes them again at the lengths that the last run found.
 """
 
 import argparse
@@ -26,7 +26,20 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from harness import MB, answer, fresh, note, peak_of, records, run_step, spawned, table, twin, write
+from harness import (
+    MB,
+    answer,
+    fresh,
+    note,
+    peak_of,
+    records,
+    run_step,
+    spawned,
+    stored,
+    table,
+    twin,
+    write,
+)
 from torch import Tensor, nn
 
 import graphopt
@@ -146,16 +159,22 @@ def longest(run: Callable[[int], Trial], budget: int, grain: int) -> Trial:
 
 
 def search(way: str, budget: int, grain: int) -> dict[str, Any]:
-    """The longest sequence of one way, its peak and its step time."""
+    """The longest sequence of one way, its peak, its step time and its plans."""
     model = llama()
     found = longest(lambda length: trial(way, model, budget, length), budget, grain)
     if not found.length:
         return {"way": way, "length": 0, "peak": None, "seconds": None, "plan": None}
+    return {"peak": found.peak, **step_at(way, budget, found.length)}
+
+
+def step_at(way: str, budget: int, length: int) -> dict[str, Any]:
+    """The step time of one way at a length, the least of three, and its plans."""
     fresh()
-    module, batch = WAYS[way](model, budget, found.length), batch_of(found.length)
+    module, batch = WAYS[way](llama(), budget, length), batch_of(length)
+    run_step(module, batch)
     seconds = min(timed(module, batch) for _ in range(3))
     plans = [str(s.plan) for s in records(module)[-1].steps] if way == OURS else None
-    return {"way": way, "length": found.length, "peak": found.peak, "seconds": seconds, "plan": plans}
+    return {"way": way, "length": length, "seconds": seconds, "plan": plans}
 
 
 def timed(module: nn.Module, batch: dict[str, Tensor]) -> float:
@@ -205,11 +224,18 @@ def main() -> None:
     parser.add_argument("--grain", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--times", action="store_true", help="only time again what was found before")
     parser.add_argument("--length", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
+    before = stored("longest_sequence", None) if options.times else None
+    if before:
+        options.budget = before["budget"] / MB
     budget = int(options.budget * MB)
+    if options.worker and options.length:
+        answer(step_at(options.worker, budget, options.length))
+        return
     if options.length:
         answer(side_by_side(list(WAYS), budget, options.length, options.rounds))
         return
@@ -218,7 +244,14 @@ def main() -> None:
         return
     numbers = {"budget": options.budget, "grain": options.grain, "rounds": options.rounds}
     given = [text for key, number in numbers.items() for text in (f"--{key}", str(number))]
-    rows = [_checked(spawned(__file__, [*given, "--worker", way])) for way in WAYS]
+    known = {row["way"]: row for row in before["rows"]} if before else {}
+    rows = []
+    for way in WAYS:
+        row = known.get(way, {})
+        at = ["--length", str(row["length"])] if row.get("length") else []
+        if not row or at:
+            row = row | _checked(spawned(__file__, [*given, "--worker", way, *at]))
+        rows.append(row)
     common = next(row["length"] for row in rows if row["way"] == PER_BLOCK)
     if not common:
         raise SystemExit(

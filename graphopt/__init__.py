@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from graphopt.passes.checkpoint import Checkpoint
     from graphopt.passes.layer_sharing import share_weights
     from graphopt.passes.overlap_comm import OverlapComm
+    from graphopt.passes.pack_saved import PackSaved
     from graphopt.passes.patch_inference import PatchInference
     from graphopt.passes.skip_decode import SkipDecode
     from graphopt.passes.skip_layers import SkipLayers
@@ -41,6 +42,7 @@ __all__ = [
     "GraphoptError",
     "OptimizedModule",
     "OverlapComm",
+    "PackSaved",
     "PatchInference",
     "PlanError",
     "Program",
@@ -79,6 +81,7 @@ _LAZY = {
     "GraphoptError": "graphopt.errors",
     "OptimizedModule": "graphopt.api",
     "OverlapComm": "graphopt.passes.overlap_comm",
+    "PackSaved": "graphopt.passes.pack_saved",
     "PatchInference": "graphopt.passes.patch_inference",
     "PlanError": "graphopt.errors",
     "Program": "graphopt.program",

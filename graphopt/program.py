@@ -189,4 +189,6 @@ def _alias(node: fx.Node, tensor: torch.Tensor) -> tuple[int, int] | None:
         for index, other in enumerate(tensors_of(source)):
             if other is not None and other.untyped_storage()._cdata == storage:
                 return position, index
+    if ops.is_view(node.target) and node.target is not ops.aten.reshape.default:
+        return 0, 0  # of a copy that was taken out since
     return None

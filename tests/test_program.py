@@ -1,9 +1,12 @@
 """Programs: roles, labels and storages as they were traced, and copies that share nothing."""
 
+from typing import Any
+
 import pytest
 import torch
 from tiny_models import MODELS
 from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from graphopt import TraceError, trace
 from graphopt.program import (
@@ -184,3 +187,22 @@ def test_meta_tensors_have_no_storages_to_tell_apart() -> None:
     with pytest.raises(TraceError, match="node x was traced without fake tensors"):
         record_leaves(graph)
     assert LEAVES not in y.meta
+
+
+def test_a_view_of_a_copy_that_was_taken_out() -> None:
+    """Its value still points at the copy's memory; by its schema it is a view of what took its place."""
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    made = graph.call_function(torch.ops.aten.relu.default, (x,))
+    copy = graph.call_function(torch.ops.aten.clone.default, (made,))
+    view = graph.call_function(torch.ops.aten.view.default, (copy, [6]))
+    graph.output(view)
+    with FakeTensorMode():
+        x.meta["val"] = torch.ones(2, 3)
+        for node in (made, copy, view):
+            target: Any = node.target
+            node.meta["val"] = target(*fx.map_arg(node.args, lambda n: n.meta["val"]))
+    copy.replace_all_uses_with(made)
+    graph.erase_node(copy)
+    record_leaves(graph)
+    assert leaves(view) == (Leaf(24, (0, 0)),) and leaves(made) == (Leaf(24, None),)
