@@ -1,4 +1,4 @@
-"""What every captured program is freed of before passes see it: copies, masks, dependencies without use.
+"""What every captured program is freed of before passes see it: copies, masks, needs without use.
 
 A dropout of probability zero, for one, is captured as a copy of its input. In a program that writes to
 none of its values, a copy with the layout of its source is the source.
@@ -9,18 +9,23 @@ from torch import fx
 from graphopt import ops
 from graphopt.constant_masks import without_constant_masks
 from graphopt.program import Program, leaves, tensors_of
+from graphopt.separate_gradients import separate_convolution_gradients
 
 Storage = tuple[fx.Node, int]
 
 
-def cleaned(program: Program) -> Program:
+def cleaned(program: Program, compiler: str = "eager") -> Program:
     """`program` without copies that have their source's layout, constant masks, and unread arguments.
+
+    Where it runs operator by operator, gradients of convolutions are made one after the other.
 
     A copy stays where it or its source is an input or an output of the graph: there it keeps two
     tensors of the caller apart.
     """
     result = program.copy()
     without_constant_masks(result.graph)
+    if compiler == "eager":
+        separate_convolution_gradients(result.graph)
     for node in result.operators():
         ops.drop_unread_arguments(node)
     storage = storages_of(result.graph)

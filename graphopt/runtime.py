@@ -174,7 +174,7 @@ class _Graph:
         self, joint: fx.GraphModule, inputs: Any, *, num_fwd_outputs: int, **_: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         """AOTAutograd's partition function: plan, apply, split."""
-        full = cleaned(program_of(joint, num_fwd_outputs, self.frame))
+        full = cleaned(program_of(joint, num_fwd_outputs, self.frame), self.settings.compiler)
         self.accumulation = Accumulation(
             [i for i, item in enumerate(full.inputs) if item.role is Role.PARAMETER]
         )

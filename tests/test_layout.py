@@ -28,6 +28,7 @@ MODULE_FLOORS = {
     **dict.fromkeys(["cleanup", "constant_masks", "origin", "tracing", "verify"], 0),
     **dict.fromkeys(["__main__", "api", "cli", "inductor", "lower", "measurement", "models"], 4),
     "inductor_memory": 4,
+    "separate_gradients": 0,
     **dict.fromkeys(["report", "runtime", "terminal", "zoo"], 4),
     **dict.fromkeys(["analysis", "chart", "comparison", "graph_report", "listings"], 4),
     **dict.fromkeys(["module_report", "numerics", "report_text", "timeline"], 4),
