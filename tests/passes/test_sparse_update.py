@@ -136,12 +136,12 @@ def test_every_budget_is_kept_and_more_memory_updates_more() -> None:
     costs = Costs.of(program, CPU)
     scores = contributions(model, x, target)
     found = []
-    for share in (1.0, 0.95, 0.9, 0.85):
+    for share in (1.0, 0.97, 0.94, 0.91):
         plan = SparseUpdate(share, scores=prefixed(scores)).plan(program, costs)
         assert plan.budget_bytes is not None and plan.peak_bytes <= plan.budget_bytes
         found.append(plan.contribution)
     assert found == sorted(found, reverse=True) and found[-1] < found[0] == plan.total
-    pass_ = SparseUpdate(0.9, scores=prefixed(scores), optimizer="adam")
+    pass_ = SparseUpdate(0.95, scores=prefixed(scores), optimizer="adam")
     adam = pass_.plan(program, costs)
     sizes = {f"model.{n}": p.nbytes for n, p in model.named_parameters()}
     assert adam.state_bytes == 2 * sum(sizes[label] for label in adam.update)
