@@ -2,13 +2,17 @@
 
 Every forward value has one of three labels. A *kept* value stays from the forward to its last use. A
 *held* value is recomputed once, just before its first use in the backward, and stays to its last. An
-*ephemeral* value is recomputed again for each operator of the backward that asks for it.
+*ephemeral* value is recomputed again for each operator of the backward that asks for it. A held value
+that is *forgotten* after some operator of the backward is recomputed again where it is asked for later.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from graphopt.cost_models.memory import Dataflow, Operator
+
+NOTHING: Mapping[int, Collection[int]] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -66,9 +70,17 @@ def anchors(flow: Dataflow) -> list[int]:
 
 
 def backward_steps(
-    flow: Dataflow, keep: Collection[int], ephemeral: Collection[int], order: Iterable[int]
+    flow: Dataflow,
+    keep: Collection[int],
+    ephemeral: Collection[int],
+    order: Iterable[int],
+    forget: Mapping[int, Collection[int]] = NOTHING,
 ) -> list[Step]:
-    """The backward: the anchored operators of `order`, each preceded by what it needs recomputed."""
+    """The backward: the anchored operators of `order`, each preceded by what it needs recomputed.
+
+    After each operator that `forget` names, its values there count as not made; they take memory no
+    longer than to their last use before they are made again.
+    """
     live = set(keep)
     steps: list[Step] = []
     for anchor in order:
@@ -80,6 +92,7 @@ def backward_steps(
         steps.append(Step(anchor, writes))
         live.update(writes)
         live.difference_update(dropped)
+        live.difference_update(forget.get(anchor, ()))
     return steps
 
 

@@ -21,7 +21,7 @@ from graphopt.numerics import compare_numerics
 from graphopt.passes.base import Pass
 from graphopt.passes.pipeline import PassStep, run_passes
 from graphopt.passes.replay import RECOMPUTE_OF
-from graphopt.passes.stream_blocks import with_streamed_blocks
+from graphopt.passes.stream_blocks import run_or_stream
 from graphopt.program import Program, Role, bytes_behind, tensors_of
 from graphopt.split import as_saved, backward_module, forward_module, saved_nodes
 from graphopt.tangents import unlikely_tangents, without_gradients
@@ -39,7 +39,7 @@ class Settings:
 
     With `profile` the time of every distinct operator is measured instead of predicted. `verify` is
     "structure", or "full" to compare the numerics of every rewritten graph, too. With `streams_blocks` a
-    budget that a `Checkpoint` alone cannot meet in eager order is tried again with `StreamBlocks`.
+    budget that a `Checkpoint` alone cannot meet well in eager order is tried with `StreamBlocks`, too.
     """
 
     passes: tuple[Pass, ...]
@@ -200,13 +200,9 @@ class _Graph:
 
     def _run_passes(self, program: Program) -> Program:
         traced = time.perf_counter() - self.log.begin
-        try:
-            planned, steps = run_passes(program, self.settings.passes, self._costs, time.perf_counter)
-        except PlanError as error:
-            if not self.settings.streams_blocks or self.settings.compiler != "eager":
-                raise
-            passes = with_streamed_blocks(self.settings.passes, error)
-            planned, steps = run_passes(program, passes, self._costs, time.perf_counter)
+        may_stream = self.settings.streams_blocks and self.settings.compiler == "eager"
+        run = run_or_stream if may_stream else run_passes
+        planned, steps = run(program, self.settings.passes, self._costs, time.perf_counter)
         self.steps = steps
         if self.settings.verify == "full":
             compare_numerics(planned, program)

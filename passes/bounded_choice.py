@@ -20,7 +20,8 @@ def bounded(
     bound = recompute_lower_bound(flow, choice.order, budget, time_limit_s)
     if not is_complete(flow, bound.keep):
         return choice, bound
-    trials = [replace(choice, keep=bound.keep, ephemeral=e) for e in (frozenset(), bound.repeated)]
+    labels = replace(choice, keep=bound.keep, forget=())
+    trials = [replace(labels, ephemeral=e) for e in (frozenset(), bound.repeated)]
     found = [pruned(flow, replace(t, ephemeral=t.ephemeral - t.keep)) for t in trials]
     steps = [(step_of(flow, t), t) for t in (choice, *found)]
     fitting = [(s.recompute_seconds, t) for s, t in steps if flow.static_bytes + s.peak_bytes <= budget]

@@ -7,12 +7,13 @@ structure is that of the optimal persistent schedules for chains (Beaumont et al
 checkpointing for heterogeneous chains", 2019), with several options per stage.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from graphopt.cost_models.memory import Dataflow
+from graphopt.passes.forgetting import Forget
 from graphopt.passes.local_problem import LocalProblem, Placed, Surroundings, place
 from graphopt.passes.segments import Spans, spans
 from graphopt.passes.span_options import ANY, Freedom, Labels, Option, options
@@ -35,7 +36,8 @@ class Run:
 class Choice:
     """Labels for the whole dataflow: the values kept, and those recomputed for each use.
 
-    `order` are the operators of the backward that run once, in the order in which they do.
+    `order` are the operators of the backward that run once, in the order in which they do. After each
+    of them that `forget` names, some recomputed values are given up, and made again where they are read.
     """
 
     keep: frozenset[int]
@@ -43,6 +45,7 @@ class Choice:
     order: tuple[int, ...]
     seconds: float
     peak_bytes: int
+    forget: Forget = ()
 
 
 class _RunSolver:
@@ -132,10 +135,14 @@ class _States:
 
 @dataclass(frozen=True)
 class Chain:
-    """The runs that start at each cut, in order of the forward; `base_bytes` is always alive."""
+    """The runs that start at each cut, in order of the forward.
+
+    `run` gives any run, from its first span to before its last; equal ones are solved once.
+    """
 
     spans: Spans
     runs: tuple[tuple[Run, ...], ...]
+    run: Callable[[int, int], Run] = field(repr=False, compare=False)
 
     @staticmethod
     def of(flow: Dataflow, freedom: Freedom = ANY) -> "Chain":
@@ -146,7 +153,7 @@ class Chain:
         for first in range(len(cut)):
             last = min(first + MERGE, len(cut))
             runs.append(tuple(solver.run(first, stop) for stop in range(first + 1, last + 1)))
-        return Chain(cut, tuple(runs))
+        return Chain(cut, tuple(runs), solver.run)
 
     def light(self) -> "Chain":
         """The chain without options that repeat a matrix product or a convolution."""

@@ -21,7 +21,6 @@ from graphopt.passes.checkpoint_choice import (
     Search,
     bytes_made,
     check_choice,
-    choose,
     everything,
     fitting,
     holding_outputs,
@@ -30,9 +29,12 @@ from graphopt.passes.checkpoint_choice import (
     order_names,
     states_needed,
     step_of,
+    steps_of,
     values_named,
     without_gradient_bytes,
 )
+from graphopt.passes.forgetting import ForgetNames, forget_named, forget_names
+from graphopt.passes.nested_choice import choose_best, choose_nested
 from graphopt.passes.replay import with_recomputation
 from graphopt.passes.span_options import Freedom
 from graphopt.passes.subset_choice import SOLVERS, subset_choice
@@ -46,6 +48,8 @@ class CheckpointPlan(Plan):
 
     `ephemeral` values are recomputed for each use, every other value that the backward needs once.
     `order` names the operators of the backward that run once, in order; it is empty for autograd's.
+    `forget` names some of those operators, each with recomputed values that are given up after it: what
+    reads them later makes them again. It is empty unless recomputation is nested.
     Peaks are bytes of the whole step, parameters and inputs included; `baseline_bytes` is the peak
     with everything kept. The step's own seconds and FLOPs do not count what `recompute_seconds` and
     `recompute_flops` add. `least_recompute_seconds` is a lower bound for every plan of this order under
@@ -63,6 +67,7 @@ class CheckpointPlan(Plan):
     step_flops: int
     recompute_flops: int
     least_recompute_seconds: float | None = None
+    forget: ForgetNames = ()
 
     def __str__(self) -> str:
         text = (
@@ -87,10 +92,14 @@ class Checkpoint(Pass):
     gradients. `hold_outputs` says that the caller keeps the outputs of the forward, beside the loss,
     while the backward runs.
 
-    `solver`: "graph" searches labels and orders on the whole graph. "dp", "linear", "sqrt" and "periodic"
-    choose among the narrow places of the graph as `graphopt.passes.published_solvers` describes; they
-    are there for comparison. "ilp" is "graph" with a lower bound beside it, and better labels from it
-    where it has any; it takes up to `time_limit_s` seconds.
+    `solver`: "graph" searches labels and orders on the whole graph, and where those miss the budget, or
+    repeat more than the forward, what "chain" finds. "chain" cuts the graph at its narrow places and
+    finds the best nested schedule of the stages between them, as `graphopt.passes.nested_chain`
+    describes: values may be recomputed, forgotten and recomputed again, so that a deep model fits in a
+    few layers' memory at the price of several forwards. "dp", "linear", "sqrt" and "periodic" choose
+    among the same places as `graphopt.passes.published_solvers` describes; they are there for
+    comparison. "ilp" is "graph" with a lower bound beside it, and better labels from it where it has
+    any; it takes up to `time_limit_s` seconds.
     """
 
     name: ClassVar[str] = "checkpoint"
@@ -106,8 +115,8 @@ class Checkpoint(Pass):
         check_budget(self.activations, "activations")
         if self.memory is not None and self.activations is not None:
             raise PlanError("give one of memory= and activations=, not both")
-        if self.solver not in ("graph", "ilp", *SOLVERS):
-            known = ", ".join(("graph", "ilp", *SOLVERS))
+        if self.solver not in (known_solvers := ("graph", "chain", "ilp", *SOLVERS)):
+            known = ", ".join(known_solvers)
             raise PlanError(f"solver={self.solver!r} is not a solver; there are {known}")
 
     def plan(self, program: Program, costs: Costs) -> CheckpointPlan:
@@ -131,8 +140,9 @@ class Checkpoint(Pass):
         if self.solver in SOLVERS:
             choice = fitting(flow, subset_choice(flow, self.solver, room), room)
             return _plan(flow, choice, budget, baseline)
-        choice = choose(flow, wish == "min", room, search)
-        if self.solver == "graph":
+        wanted = choose_nested if self.solver == "chain" else choose_best
+        choice = wanted(flow, wish == "min", room, search)
+        if self.solver != "ilp":
             return _plan(flow, choice, budget, baseline)
         choice, bound = bounded(flow, choice, room, self.time_limit_s)
         return replace(_plan(flow, choice, budget, baseline), least_recompute_seconds=bound.seconds)
@@ -143,8 +153,10 @@ class Checkpoint(Pass):
         keep, ephemeral = values_named(flow, plan.keep), values_named(flow, plan.ephemeral)
         order = order_named(flow, plan.order)
         check_choice(flow, keep)
-        keep |= states_needed(flow, Choice(keep, ephemeral, order, 0.0, 0))
-        return with_recomputation(program, flow, keep, ephemeral, order)
+        forget = forget_named(flow, plan.forget, order, keep)
+        choice = Choice(keep, ephemeral, order, 0.0, 0, forget)
+        steps = steps_of(flow, choice)
+        return with_recomputation(program, flow, keep | states_needed(flow, choice), steps)
 
     def limit_bytes(self, program: Program, plan: CheckpointPlan) -> int | None:
         """The budget; for "min" the plan's peak; None where no bound was asked for."""
@@ -178,4 +190,5 @@ def _plan(flow: Dataflow, choice: Choice, budget: int | None, baseline: int) -> 
         recompute_seconds=step.recompute_seconds,
         step_flops=sum(o.flops for o in flow.operators),
         recompute_flops=step.recompute_flops,
+        forget=forget_names(flow, choice.forget),
     )

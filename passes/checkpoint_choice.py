@@ -1,12 +1,13 @@
 """From a budget to a choice of kept values: what must be kept, the search, and its last refinements."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 
 from graphopt.cost_models.devices import format_bytes
 from graphopt.cost_models.fast_schedule import FastBackward
 from graphopt.cost_models.memory import NO_PRODUCER, Dataflow
 from graphopt.cost_models.schedule import (
+    Step,
     Timeline,
     anchors,
     backward_steps,
@@ -46,7 +47,7 @@ def step_of(flow: Dataflow, choice: Choice) -> StepMemory:
     """Simulate the step under `choice`, with the generators' states that replays need."""
     keep = choice.keep | states_needed(flow, choice)
     forward = simulate(flow, forward_steps(flow, keep), (), keep | frozenset(flow.outputs))
-    steps = backward_steps(flow, keep, choice.ephemeral, choice.order)
+    steps = steps_of(flow, replace(choice, keep=keep))
     backward = simulate(flow, steps, keep, flow.gradients)
     seen: set[int] = set()
     seconds, flops = 0.0, 0
@@ -58,12 +59,16 @@ def step_of(flow: Dataflow, choice: Choice) -> StepMemory:
     return StepMemory(forward, backward, seconds, flops)
 
 
+def steps_of(flow: Dataflow, choice: Choice) -> list[Step]:
+    """What the backward runs under `choice`."""
+    return backward_steps(flow, choice.keep, choice.ephemeral, choice.order, dict(choice.forget))
+
+
 def states_needed(flow: Dataflow, choice: Choice) -> frozenset[int]:
     """The states of the generator before the random operators that the backward replays."""
     if all(o.state is None for o in flow.operators):
         return frozenset()
-    steps = backward_steps(flow, choice.keep, choice.ephemeral, choice.order)
-    states = (flow.operators[s.operator].state for s in steps)
+    states = (flow.operators[s.operator].state for s in steps_of(flow, choice))
     return frozenset(s for s in states if s is not None)
 
 
@@ -89,12 +94,21 @@ class Search:
 ANYTHING = Search()
 
 
-def choose(flow: Dataflow, least: bool, budget_bytes: int | None, search: Search = ANYTHING) -> Choice:
-    """The choice of least recomputation under the budget, of least peak (`least`), or a light one."""
+def choose(
+    flow: Dataflow,
+    least: bool,
+    budget_bytes: int | None,
+    search: Search = ANYTHING,
+    chain: Callable[[], Chain] | None = None,
+) -> Choice:
+    """The choice of least recomputation under the budget, of least peak (`least`), or a light one.
+
+    Nothing is forgotten in it. `chain`: what makes the chain of `flow` and the search's freedom.
+    """
     if search.leave_room and budget_bytes is not None:
         half = (budget_bytes + flow.static_bytes) // 2
         try:
-            return choose(flow, least, half, replace(search, leave_room=False))
+            return choose(flow, least, half, replace(search, leave_room=False), chain)
         except PlanError as error:
             budget_bytes = min(budget_bytes, error.reachable_bytes or budget_bytes)
     plain = everything(flow)
@@ -103,10 +117,10 @@ def choose(flow: Dataflow, least: bool, budget_bytes: int | None, search: Search
         return plain
     if budget_bytes is None and not least:
         return pruned(flow, _light(flow, Chain.of(flow, replace(search.freedom, reorder=False))))
-    chain = Chain.of(flow, search.freedom)
+    spans = Chain.of(flow, search.freedom) if chain is None else chain()
     if budget_bytes is None:
-        return lowered(flow, pruned(flow, chain.least_peak()), search.freedom)
-    return pruned(flow, _within(flow, chain, budget_bytes, search.freedom))
+        return lowered(flow, pruned(flow, spans.least_peak()), search.freedom)
+    return pruned(flow, _within(flow, spans, budget_bytes, search.freedom))
 
 
 def _within(flow: Dataflow, chain: Chain, budget_bytes: int, freedom: Freedom) -> Choice:
@@ -241,8 +255,7 @@ def is_complete(flow: Dataflow, keep: Collection[int]) -> bool:
 
 def pruned(flow: Dataflow, choice: Choice) -> Choice:
     """`choice` without the kept values that the backward does not read."""
-    steps = backward_steps(flow, choice.keep, choice.ephemeral, choice.order)
-    read = {v for s in steps for v in flow.operators[s.operator].reads}
+    read = {v for s in steps_of(flow, choice) for v in flow.operators[s.operator].reads}
     return replace(choice, keep=choice.keep & read, ephemeral=choice.ephemeral & read)
 
 

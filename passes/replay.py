@@ -5,7 +5,7 @@ node of its own, tagged as part of the backward, so that everything that reads a
 memory, the split into two modules) sees exactly what will run.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from operator import getitem as _getitem
 from typing import Any
 
@@ -15,25 +15,19 @@ from torch._prims.rng_prims import run_and_save_rng_state, run_with_rng_state
 
 from graphopt import ops
 from graphopt.cost_models.memory import Dataflow
-from graphopt.cost_models.schedule import Step, backward_steps
+from graphopt.cost_models.schedule import Step
 from graphopt.program import LEAVES, Leaf, Program, leaves
 
 RECOMPUTE_OF = "graphopt_recompute_of"
 
 
 def with_recomputation(
-    program: Program,
-    flow: Dataflow,
-    keep: Collection[int],
-    ephemeral: Collection[int],
-    order: Iterable[int],
+    program: Program, flow: Dataflow, keep: Collection[int], steps: list[Step]
 ) -> Program:
     """`program` with only the values `keep` carried from the forward into the backward.
 
-    Values in `ephemeral` are recomputed for each use, the others once. The operators of the backward
-    that run once do so in `order`.
+    `steps` are what the backward runs, in order; what reads a value reads its newest copy.
     """
-    steps = backward_steps(flow, keep, ephemeral, order)
     return _Replay(program, flow, frozenset(keep)).build(steps)
 
 

@@ -30,6 +30,10 @@ class Option:
     `backward_bytes` besides its input, `kept_bytes` and the gradients of input and output (a backward
     that reads the stage's output counts that there). What the backward itself makes again is part of
     `backward_seconds`.
+
+    With `at_once` there is no forward before: the backward itself runs what it needs of it, and so it has
+    to follow at once. Then nothing is kept, no output is made, and the figures of the forward are
+    those of what runs in any case (for the last stage of a chain, the forward that gives its result).
     """
 
     kept_bytes: int
@@ -37,6 +41,7 @@ class Option:
     backward_seconds: float
     forward_bytes: int = 0
     backward_bytes: int = 0
+    at_once: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,8 @@ class StageChain:
     def __post_init__(self) -> None:
         if not self.stages or not all(s.options for s in self.stages):
             raise PlanError("a chain has at least one stage, and each stage at least one option")
+        if any(o.at_once and o.kept_bytes for s in self.stages for o in s.options):
+            raise PlanError("an option without a forward before its backward keeps nothing")
 
     def __len__(self) -> int:
         return len(self.stages)
@@ -122,7 +129,10 @@ def simulate(chain: StageChain, operations: Sequence[Operation]) -> Schedule:
             moving = number
             if operation.kind == "save":
                 option = stage.options[operation.option]
-                running = stage.output_bytes + option.kept_bytes + option.forward_bytes
+                if option.at_once and pending != number:
+                    raise PlanError(f"{operation} cannot run: its backward does not follow at once")
+                running = option.kept_bytes + option.forward_bytes
+                running += 0 if option.at_once else stage.output_bytes
                 time, saved[number] = option.forward_seconds, option
                 stored.update({number} if pending > number else ())
                 moving = 0
@@ -135,34 +145,55 @@ def simulate(chain: StageChain, operations: Sequence[Operation]) -> Schedule:
 def least_budget(chain: StageChain) -> int:
     """The least peak of any persistent schedule, in bytes; O(n^3)."""
     sizes = _sizes(chain, 1)
-    return int(compiled(_least_memory)(*sizes.arrays)[0, len(chain) - 1])
+    return int(compiled(_least_memory, on_disk=True)(*sizes.arrays)[0, len(chain) - 1])
 
 
 def within(chain: StageChain, budget_bytes: int, slots: int = 500) -> Schedule | None:
     """The fastest persistent schedule found whose peak is at most `budget_bytes`; None: there is none.
 
-    Memory is counted in slots of `ceil(budget_bytes / slots)` bytes. What is held while others run
+    See `Schedules`. With slots of one byte (a budget of at most `slots`) no schedule is faster.
+    """
+    return Schedules.of(chain, budget_bytes, slots).within(budget_bytes)
+
+
+@dataclass(frozen=True)
+class Schedules:
+    """The schedules of `chain` for all budgets up to one, solved together.
+
+    Memory is counted in slots of `ceil(most_bytes / slots)` bytes. What is held while others run
     takes its size rounded up, each on its own; what one step needs on top is added up, then rounded up.
     So the seconds found for a segment can be reached. Schedules are put together from them with memory
     counted in bytes and the least memory of each segment known, so that none is over the budget, and one
     is found where there is any. As rounding takes about half a slot for each stage, the seconds are
     read for some more slots, too; the fastest of the schedules is returned.
 
-    With slots of one byte (a budget of at most `slots`) no schedule is faster. Time
-    O(n^2 (n + options) slots), memory O(n^2 slots).
+    Time O(n^2 (n + options) slots), memory O(n^2 slots).
     """
-    exact = _sizes(chain, 1)
-    memory = compiled(_least_memory)(*exact.arrays)
-    if memory[0, len(chain) - 1] > budget_bytes:
-        return None
-    slot = max(1, -(-budget_bytes // slots))
-    sizes = _sizes(chain, slot)
-    more = READINGS if slot > 1 else (0.0,)
-    limit = budget_bytes // slot + math.ceil(more[-1] * len(chain))
-    seconds = compiled(_least_seconds)(*sizes.arrays, *sizes.times, limit)
-    tables = [_Table(seconds, memory, slot, m) for m in more]
-    found = [simulate(chain, _operations(exact, table, budget_bytes)) for table in tables]
-    return min(found, key=lambda s: s.seconds)
+
+    chain: StageChain
+    exact: "_Sizes"
+    tables: tuple["_Table", ...]
+
+    @staticmethod
+    def of(chain: StageChain, most_bytes: int, slots: int = 500) -> "Schedules":
+        """Solve `chain` for budgets up to `most_bytes`."""
+        exact = _sizes(chain, 1)
+        memory = compiled(_least_memory, on_disk=True)(*exact.arrays)
+        if memory[0, len(chain) - 1] > most_bytes:
+            return Schedules(chain, exact, ())
+        slot = max(1, -(-most_bytes // slots))
+        sizes = _sizes(chain, slot)
+        more = READINGS if slot > 1 else (0.0,)
+        limit = most_bytes // slot + math.ceil(more[-1] * len(chain))
+        seconds = compiled(_least_seconds, on_disk=True)(*sizes.arrays, *sizes.times, limit)
+        return Schedules(chain, exact, tuple(_Table(seconds, memory, slot, m) for m in more))
+
+    def within(self, budget_bytes: int) -> Schedule | None:
+        """The fastest schedule found whose peak is at most `budget_bytes`, one of those solved for."""
+        if not self.tables or self.tables[0].memory[0, len(self.chain) - 1] > budget_bytes:
+            return None
+        walks = [_operations(self.exact, table, budget_bytes) for table in self.tables]
+        return min((simulate(self.chain, w) for w in walks), key=lambda s: s.seconds)
 
 
 UNKNOWN_SECONDS = 1e30  # of a segment that fits, but not with its sizes rounded up
@@ -193,11 +224,11 @@ class _Table:
 class _Sizes:
     """The chain as arrays, in slots; stages count from 0 here, and options through all stages.
 
-    `arrays`: `first` (n+1,), the first option of each stage; `output` (n,); `hold` (options,), what is
-    held with a saved option, the stage's output included; `sweep` (2, n, n), what a forward needs by
-    whether it is not the segment's first, its stage, and the segment's last stage; `save` (options,
-    n), what a saving forward needs by the segment's last stage; `back` (options,), what a backward
-    needs. `times`: seconds of the forwards (n,), and of saving and backward together (options,).
+    `arrays`: `first` (n+1,), the first option of each stage; `at_once` (options,); `output` (n,); `hold`
+    (options,), what is held with a saved option, the stage's output included; `sweep` (2, n, n), what
+    a forward needs by whether it is not the segment's first, its stage, and the segment's last stage;
+    `save` (options, n), what a saving forward needs by the segment's last stage; `back` (options,), what
+    a backward needs. `times`: seconds of the forwards (n,), of saving and backward together (options,).
     """
 
     arrays: tuple[np.ndarray, ...]
@@ -214,20 +245,22 @@ def _sizes(chain: StageChain, slot: int) -> _Sizes:
     forward = output + np.array([s.forward_bytes for s in stages])
     source = np.concatenate(([0], output[:-1]))
     sweep = np.stack([forward, forward + source])[:, :, None] + gradient
-    saving = np.array([o.kept_bytes + o.forward_bytes + output[s] for s, o in options])
+    made = np.array([0 if o.at_once else output[s] for s, o in options])
+    saving = made + np.array([o.kept_bytes + o.forward_bytes for _, o in options])
     back = np.array([o.kept_bytes + o.backward_bytes + gradient[s] + before[s] for s, o in options])
     hold = np.array([o.kept_bytes + output[s] for s, o in options])
+    at_once = np.array([o.at_once for _, o in options])
     found = (output, hold, sweep, saving[:, None] + gradient, back)
     times = (
         np.array([s.forward_seconds for s in stages], float),
         np.array([o.forward_seconds + o.backward_seconds for _, o in options], float),
     )
-    return _Sizes((first, *(-(-a.astype(np.int64) // slot) for a in found)), times)
+    return _Sizes((first, at_once, *(-(-a.astype(np.int64) // slot) for a in found)), times)
 
 
 def _operations(sizes: _Sizes, table: _Table, limit: int) -> list[Operation]:
     """Walk the table from the whole chain down; what is on top of the stack is done first."""
-    first, output, hold = sizes.arrays[:3]
+    first, _, output, hold = sizes.arrays[:4]
     found: list[Operation] = []
     stack: list[tuple[int, int, int] | Operation] = [(0, len(output) - 1, limit)]
     while stack:
@@ -250,10 +283,10 @@ def _operations(sizes: _Sizes, table: _Table, limit: int) -> list[Operation]:
 
 def _ways(sizes: _Sizes, table: _Table, s: int, t: int, memory: int) -> Iterator[tuple[float, int, int]]:
     """How a segment may begin: seconds of all of it, and the option saved or the stage to sweep to."""
-    first, output, hold, sweep, save, back = sizes.arrays
+    first, at_once, output, hold, sweep, save, back = sizes.arrays
     forward, option_seconds = sizes.times
     for k in range(first[s], first[s + 1]):
-        if max(save[k, t], back[k]) <= memory:
+        if (s == t or not at_once[k]) and max(save[k, t], back[k]) <= memory:
             rest = 0.0 if s == t else table(s + 1, t, memory - int(hold[k]))
             yield option_seconds[k] + rest, k, -1
     seconds = 0.0
@@ -276,6 +309,7 @@ def _row(count: int, s: int, t: int) -> int:
 
 def _least_seconds(
     first: Any,
+    at_once: Any,
     output: Any,
     hold: Any,
     sweep: Any,
@@ -297,6 +331,7 @@ def _least_seconds(
                 if length == 0:
                     for m in range(need, limit + 1):
                         mine[m] = min(mine[m], option_seconds[k])
+                if length == 0 or at_once[k]:
                     continue
                 below = length - 1
                 rest = table[below * count - below * (below - 1) // 2 + s + 1]
@@ -314,7 +349,9 @@ def _least_seconds(
     return table
 
 
-def _least_memory(first: Any, output: Any, hold: Any, sweep: Any, save: Any, back: Any) -> Any:
+def _least_memory(
+    first: Any, at_once: Any, output: Any, hold: Any, sweep: Any, save: Any, back: Any
+) -> Any:
     """Least memory of each segment, shape (n, n)."""
     count = len(output)
     table = np.zeros((count, count), np.int64)
@@ -323,6 +360,8 @@ def _least_memory(first: Any, output: Any, hold: Any, sweep: Any, save: Any, bac
             t = s + length
             best = np.int64(2**62)
             for k in range(first[s], first[s + 1]):
+                if length and at_once[k]:
+                    continue
                 need = max(save[k, t], back[k])
                 if length:
                     need = max(need, hold[k] + table[s + 1, t])

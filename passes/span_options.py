@@ -90,18 +90,11 @@ class _Search:
         self.order = tuple(anchors(problem.flow))
         self.found: dict[Labels, Option] = {}
         self.budget = SIMULATED_STEPS
-        self.border_bytes = self._bytes(problem.borders)
         self.asked = {v for a in self.order for v in self.flow.operators[a].reads}
         self.choices = self._choices()
         self.always = problem.must_keep | self._small()
         self.density = {v: self._density(v) for v in self.choices}
-        self.backward = FastBackward(
-            problem.flow,
-            problem.borders | problem.entering,
-            problem.must_keep,
-            problem.borders | problem.leaving,
-            problem.entering,
-        )
+        self.backward = _backward(problem)
 
     def run(self, seeds: Iterable[Labels]) -> tuple[Option, ...]:
         """Thresholds and seeds first, then descents from the best of what was found."""
@@ -116,7 +109,7 @@ class _Search:
         if self.freedom.reorder and self.found:
             self._reorder()
         good = pareto(self.found.values())
-        heights = {keep: self._forward_bytes(keep) for keep in {o.keep for o in good}}
+        heights = {keep: forward_bytes(self.problem, keep) for keep in {o.keep for o in good}}
         return tuple(replace(o, forward_bytes=heights[o.keep]) for o in good)
 
     def _choices(self) -> list[int]:
@@ -179,17 +172,7 @@ class _Search:
             return self.found[labels]
         if self.budget < 0:
             return None
-        profile = self._simulated(labels)
-        option = Option(
-            profile.kept,
-            labels[1],
-            labels[2],
-            profile.kept_bytes,
-            max(profile.peak_bytes, profile.start_bytes) - self.border_bytes,
-            0,
-            profile.seconds,
-            profile.flops,
-        )
+        option = _option(self.problem, self._simulated(labels), labels)
         self.found[labels] = option
         return option
 
@@ -242,12 +225,50 @@ class _Search:
     def _is_forward(self, value: int) -> bool:
         return not self.flow.operators[self.flow.values[value].producer].backward
 
-    def _forward_bytes(self, keep: frozenset[int]) -> int:
-        """The peak of the forward that keeps `keep`, borders excluded."""
-        steps = [Step(i, self.flow.operators[i].writes) for i in self.flow.forward]
-        end = self.problem.borders | self.problem.leaving_forward | keep
-        timeline = simulate(self.flow, steps, self.problem.borders, end)
-        return timeline.peak_bytes - self.border_bytes
+
+def forward_bytes(problem: LocalProblem, keep: frozenset[int]) -> int:
+    """The peak of the forward that keeps `keep`, borders excluded."""
+    steps = [Step(i, problem.flow.operators[i].writes) for i in problem.flow.forward]
+    end = problem.borders | problem.leaving_forward | keep
+    timeline = simulate(problem.flow, steps, problem.borders, end)
+    return timeline.peak_bytes - _border_bytes(problem)
+
+
+def nothing_kept(problem: LocalProblem, found: Iterable[Option]) -> tuple[Option, ...]:
+    """The backwards of `found` with nothing kept for them: all that they need is made while they run."""
+    backward = _backward(problem)
+    tried = []
+    for labels in {(problem.must_keep, o.ephemeral, o.order) for o in found}:
+        tried.append(_option(problem, backward.run(*labels), labels))
+    height = forward_bytes(problem, problem.must_keep)
+    return tuple(replace(o, forward_bytes=height) for o in pareto(tried))
+
+
+def _backward(problem: LocalProblem) -> FastBackward:
+    return FastBackward(
+        problem.flow,
+        problem.borders | problem.entering,
+        problem.must_keep,
+        problem.borders | problem.leaving,
+        problem.entering,
+    )
+
+
+def _border_bytes(problem: LocalProblem) -> int:
+    return sum(problem.flow.values[v].nbytes for v in problem.borders)
+
+
+def _option(problem: LocalProblem, profile: Profile, labels: Labels) -> Option:
+    return Option(
+        profile.kept,
+        labels[1],
+        labels[2],
+        profile.kept_bytes,
+        max(profile.peak_bytes, profile.start_bytes) - _border_bytes(problem),
+        0,
+        profile.seconds,
+        profile.flops,
+    )
 
 
 def _peak_bytes(option: Option) -> int:

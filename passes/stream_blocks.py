@@ -11,9 +11,9 @@ An attention is not cut: on a CPU, and with the flash kernels of GPUs, its score
 what it keeps is of the width of its inputs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from graphopt.cost_models.costs import Costs
 from graphopt.cost_models.devices import format_bytes
@@ -21,8 +21,9 @@ from graphopt.errors import PlanError
 from graphopt.passes.base import Pass
 from graphopt.passes.block_parts import Parts, of_least_peak, parts_of, within
 from graphopt.passes.budget import Budget, check_budget, resolve_budget
-from graphopt.passes.checkpoint import Checkpoint
+from graphopt.passes.checkpoint import Checkpoint, CheckpointPlan
 from graphopt.passes.checkpoint_choice import everything, step_of
+from graphopt.passes.pipeline import PassStep, run_passes
 from graphopt.passes.token_regions import Regions, regions_of
 from graphopt.passes.token_rewrite import CannotJoin, in_parts
 from graphopt.plan import Plan
@@ -114,13 +115,45 @@ class StreamBlocks(Pass):
         return in_parts(program, [regions[name] for name in plan.blocks], plan.parts)
 
 
-def with_streamed_blocks(passes: Sequence[Pass], missed: PlanError) -> tuple[Pass, ...]:
-    """What to try where a `Checkpoint`, alone in `passes`, `missed` its memory; raises that of others."""
-    budget = missed.budget_bytes
+def run_or_stream(
+    program: Program,
+    passes: Sequence[Pass],
+    costs_of: Callable[[Program], Costs],
+    clock: Callable[[], float],
+) -> tuple[Program, tuple[PassStep, ...]]:
+    """`run_passes`, with `StreamBlocks` before a `Checkpoint`, alone in `passes`, where that is better.
+
+    It is tried where the budget is missed, or met only by recomputing some values several times.
+    """
+    try:
+        found = run_passes(program, passes, costs_of, clock)
+    except PlanError as missed:
+        if (streamed := _with_blocks(passes, missed.budget_bytes)) is None:
+            raise
+        return run_passes(program, streamed, costs_of, clock)
+    plan = found[1][-1].plan if found[1] else None
+    if not isinstance(plan, CheckpointPlan) or not plan.forget:
+        return found
+    if (streamed := _with_blocks(passes, plan.budget_bytes)) is None:
+        return found
+    try:
+        other = run_passes(program, streamed, costs_of, clock)
+    except PlanError:
+        return found
+    return min(found, other, key=lambda result: _seconds(result[1][-1].plan))
+
+
+def _with_blocks(passes: Sequence[Pass], budget: int | None) -> tuple[Pass, ...] | None:
+    """Streamed blocks, then the only pass of `passes`; None where that is no `Checkpoint` with memory."""
     alone = passes[0] if len(passes) == 1 else None
     if not isinstance(alone, Checkpoint) or alone.memory is None or budget is None:
-        raise missed
+        return None
     return StreamBlocks(memory=budget), replace(alone, memory=budget)
+
+
+def _seconds(plan: Any) -> float:
+    """Of the step and all that its `CheckpointPlan` recomputes."""
+    return float(plan.step_seconds + plan.recompute_seconds)
 
 
 def _joinable(program: Program) -> Regions:

@@ -30,6 +30,13 @@ def drawn(data: st.DataObject, flow: Dataflow) -> tuple[set[int], set[int]]:
     return keep, data.draw(st.sets(st.sampled_from(values)), "ephemeral") - keep
 
 
+def forgetting(data: st.DataObject, flow: Dataflow, keep: set[int]) -> dict[int, set[int]]:
+    """Random values for operators of the backward to forget."""
+    values = [v for i in flow.forward for v in flow.operators[i].writes if v not in keep]
+    given_up = st.sets(st.sampled_from(values)) if values else st.just(set[int]())
+    return data.draw(st.dictionaries(st.sampled_from(anchors(flow)), given_up), "forget")
+
+
 @settings(max_examples=300)
 @given(schedules())
 def test_any_order_with_repeats_takes_the_memory_of_its_instances(scheme: tuple) -> None:
@@ -47,8 +54,10 @@ def test_any_order_with_repeats_takes_the_memory_of_its_instances(scheme: tuple)
 @given(training_flows(operators=7), st.data())
 def test_the_backward_recomputes_what_plain_recursion_does(flow: Dataflow, data: st.DataObject) -> None:
     keep, ephemeral = drawn(data, flow)
-    steps = backward_steps(flow, keep, ephemeral, anchors(flow))
-    assert [(s.operator, s.makes) for s in steps] == naive_backward(flow, keep, ephemeral)
+    forget = forgetting(data, flow, keep)
+    steps = backward_steps(flow, keep, ephemeral, anchors(flow), forget)
+    naive = naive_backward(flow, keep, ephemeral, None, forget.items())
+    assert [(s.operator, s.makes) for s in steps] == naive
     live = set(keep)
     for s in steps:  # an order in which every value exists when it is read
         reads = flow.operators[s.operator].reads

@@ -11,6 +11,7 @@ from graphopt.passes.backward_order import Precedence
 from graphopt.passes.chain_solver import Choice
 from graphopt.passes.checkpoint import Checkpoint, CheckpointPlan
 from graphopt.passes.checkpoint_choice import everything, names_of, order_names, pruned, step_of
+from graphopt.passes.forgetting import Forget, forget_names
 from graphopt.program import Program
 
 
@@ -18,7 +19,8 @@ from graphopt.program import Program
 class Drawn(Checkpoint):
     """Keeps each value with probability `keep`; of the rest `ephemeral` are made for each use.
 
-    With `reorder` the backward runs in an order drawn at random.
+    With `reorder` the backward runs in an order drawn at random. After each of its operators each value
+    that can be made again is forgotten with probability `forget`.
     """
 
     name: ClassVar[str] = "drawn"
@@ -27,6 +29,7 @@ class Drawn(Checkpoint):
     keep: float = 0.5
     ephemeral: float = 0.5
     reorder: bool = True
+    forget: float = 0.0
 
     def plan(self, program: Program, costs: Costs) -> CheckpointPlan:
         flow = costs.dataflow(program)
@@ -35,7 +38,9 @@ class Drawn(Checkpoint):
         keep = {v for v in values if draw.random() < self.keep} | stuck(flow)
         rest = [v for v in values if v not in keep]
         ephemeral = {v for v in rest if draw.random() < self.ephemeral}
-        return plan_of(flow, keep, ephemeral, drawn_order(flow, draw) if self.reorder else None)
+        order = drawn_order(flow, draw) if self.reorder else tuple(anchors(flow))
+        forget = tuple((a, tuple(v for v in rest if draw.random() < self.forget)) for a in order)
+        return plan_of(flow, keep, ephemeral, order, forget if self.forget else ())
 
 
 def drawn_order(flow: Dataflow, draw: random.Random) -> tuple[int, ...]:
@@ -62,11 +67,15 @@ def stuck(flow: Dataflow) -> set[int]:
 
 
 def plan_of(
-    flow: Dataflow, keep: set[int], ephemeral: set[int], order: tuple[int, ...] | None = None
+    flow: Dataflow,
+    keep: set[int],
+    ephemeral: set[int],
+    order: tuple[int, ...] | None = None,
+    forget: Forget = (),
 ) -> CheckpointPlan:
     """The plan with these labels (no value kept for nothing), its figures as simulated."""
     order = order or tuple(anchors(flow))
-    choice = pruned(flow, Choice(frozenset(keep), frozenset(ephemeral), order, 0.0, 0))
+    choice = pruned(flow, Choice(frozenset(keep), frozenset(ephemeral), order, 0.0, 0, forget))
     memory = step_of(flow, choice)
     return CheckpointPlan(
         names_of(flow, choice.keep),
@@ -79,4 +88,5 @@ def plan_of(
         memory.recompute_seconds,
         sum(o.flops for o in flow.operators),
         memory.recompute_flops,
+        forget=forget_names(flow, choice.forget),
     )

@@ -5,7 +5,7 @@ value that comes to exist, notes when it is read for the last time, and adds up 
 """
 
 import itertools
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from hypothesis import strategies as st
@@ -32,8 +32,10 @@ def naive_backward(
     keep: Collection[int],
     ephemeral: Collection[int],
     order: Collection[int] | None = None,
+    forget: Iterable[tuple[int, Collection[int]]] = (),
 ) -> list[tuple[int, tuple[int, ...]]]:
     """(operator, values it makes) of the backward with recomputation, by plain recursion."""
+    forgets = dict(forget)
     live = set(keep)
     found: list[tuple[int, tuple[int, ...]]] = []
 
@@ -53,7 +55,7 @@ def naive_backward(
         dropped = [d for read in operator.reads for d in need(read)]
         found.append((index, operator.writes))
         live.update(operator.writes)
-        live.difference_update(dropped)
+        live.difference_update(dropped, forgets.get(index, ()))
     return found
 
 
@@ -142,10 +144,11 @@ def naive_step(
     keep: Collection[int],
     ephemeral: Collection[int],
     order: Collection[int] | None = None,
+    forget: Iterable[tuple[int, Collection[int]]] = (),
 ) -> tuple[int, float]:
     """Peak bytes (static ones excluded) and seconds of recomputation of a whole step."""
     forward, _, _ = naive_bytes(flow, naive_forward(flow, keep), (), {*keep, *flow.outputs})
-    steps = naive_backward(flow, keep, ephemeral, order)
+    steps = naive_backward(flow, keep, ephemeral, order, forget)
     backward, _, _ = naive_bytes(flow, steps, keep, flow.gradients)
     runs = [flow.operators[index] for index, _ in steps]
     once = {o.name: o.seconds for o in runs if o.backward}

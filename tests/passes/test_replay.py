@@ -35,11 +35,19 @@ def recomputed(program: Program) -> list[fx.Node]:
 
 
 @settings(max_examples=60)
-@given(st.sampled_from(REPLAYABLE), st.integers(0, 10**6), st.floats(0, 1), st.floats(0, 1))
-def test_random_plans_keep_every_bit(name: str, seed: int, keep: float, ephemeral: float) -> None:
+@given(
+    st.sampled_from(REPLAYABLE),
+    st.integers(0, 10**6),
+    st.floats(0, 1),
+    st.floats(0, 1),
+    st.sampled_from([0.0, 0.0, 0.1, 0.5]),
+)
+def test_random_plans_keep_every_bit(
+    name: str, seed: int, keep: float, ephemeral: float, forget: float
+) -> None:
     program, model, inputs = traced(name)
     values = arguments(program, model, inputs)
-    pass_ = Drawn(seed=seed, keep=keep, ephemeral=ephemeral)
+    pass_ = Drawn(seed=seed, keep=keep, ephemeral=ephemeral, forget=forget)
     plan = pass_.plan(program, Costs.of(program, CPU))
     planned = pass_.apply(program, plan)
     verify(planned, before=program)
@@ -71,11 +79,13 @@ def test_a_batch_norm_is_made_again() -> None:
 
 
 @settings(max_examples=40)
-@given(st.sampled_from(REPLAYABLE), st.integers(0, 10**6))
-def test_the_rewritten_program_takes_the_memory_that_was_predicted(name: str, seed: int) -> None:
+@given(st.sampled_from(REPLAYABLE), st.integers(0, 10**6), st.sampled_from([0.0, 0.1, 0.5]))
+def test_the_rewritten_program_takes_the_memory_that_was_predicted(
+    name: str, seed: int, forget: float
+) -> None:
     program = traced(name)[0]
     costs = Costs.of(program, CPU)
-    pass_ = Drawn(seed=seed, keep=0.4, ephemeral=0.4)
+    pass_ = Drawn(seed=seed, keep=0.4, ephemeral=0.4, forget=forget)
     plan = pass_.plan(program, costs)
     planned = pass_.apply(program, plan)
     after = Costs.of(planned, CPU).dataflow(planned)

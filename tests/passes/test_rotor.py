@@ -87,7 +87,10 @@ class Search:
             if number not in {s for s, _ in moment.saved}:
                 more = {number} if number < last else frozenset()
                 for k, option in enumerate(stage.options):
-                    nbytes = alive + stage.output_bytes + option.kept_bytes + option.forward_bytes
+                    if option.at_once and number < last:
+                        continue
+                    nbytes = alive + option.kept_bytes + option.forward_bytes
+                    nbytes += 0 if option.at_once else stage.output_bytes
                     saved = moment.saved | {(number, k)}
                     yield option.forward_seconds, nbytes, Moment(last, stored | more, saved, 0)
 
@@ -106,6 +109,8 @@ def random_chain(draw: random.Random, stages: int) -> StageChain:
             )
             for _ in range(draw.randint(1, 3))
         )
+        if draw.random() < 0.5:
+            options += (Option(0, 0.0, draw.randint(0, 9), draw.randint(0, 2), draw.randint(0, 9), True),)
         output, gradient = draw.randint(0, 5), draw.randint(0, 5)
         found.append(Stage(output, gradient, forward, options, draw.randint(0, 3)))
     return StageChain(tuple(found), draw.randint(0, 3))
@@ -184,6 +189,21 @@ def test_nested_recomputation_is_written_out() -> None:
 def test_what_is_no_schedule_is_refused(operations: list, fault: str) -> None:
     with pytest.raises(PlanError, match=fault):
         simulate(uniform(2), [Operation(kind, stage, 0) for kind, stage in operations])
+
+
+def test_a_backward_that_makes_all_it_needs_follows_at_once() -> None:
+    stage = Stage(1, 1, 1.0, (Option(2, 1.0, 0.0), Option(0, 0.0, 1.0, backward_bytes=2, at_once=True)))
+    chain = StageChain((stage,) * 2)
+    found = simulate(chain, [Operation("store", 1), *pairs(2, 1), *pairs(1, 1)])
+    assert found.seconds == 1.0 + 1.0 + 1.0
+    with pytest.raises(PlanError, match="its backward does not follow at once"):
+        simulate(chain, [Operation("save", 1, 1), *pairs(2, 0), Operation("backward", 1)])
+    with pytest.raises(PlanError, match="without a forward before its backward keeps nothing"):
+        StageChain((Stage(1, 1, 1.0, (Option(1, 0.0, 1.0, at_once=True),)),))
+
+
+def pairs(stage: int, option: int) -> list[Operation]:
+    return [Operation("save", stage, option), Operation("backward", stage)]
 
 
 def test_what_is_no_chain_is_refused() -> None:

@@ -57,5 +57,5 @@ def test_a_budget_below_what_the_solver_finds_is_refused() -> None:
 
 
 def test_an_unknown_solver_is_refused_by_name() -> None:
-    with pytest.raises(PlanError, match="solver='best' is not a solver; there are graph, ilp, dp"):
+    with pytest.raises(PlanError, match="solver='best' is not a solver; there are graph, chain, ilp, dp"):
         Checkpoint(solver="best")
