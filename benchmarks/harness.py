@@ -280,12 +280,17 @@ def resident_peak_of(module: nn.Module, batch: Mapping[str, Any]) -> int:
     for _ in range(2):
         run_step(module, batch)
     module.zero_grad(set_to_none=True)
+    before = high_water(lambda: None)
+    return high_water(lambda: run_step(module, batch)) - before
+
+
+def high_water(run: Callable[[], Any]) -> int:
+    """The most resident memory of the process while `run` runs, in bytes, garbage before it left out."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
-    run_step(module, batch)
-    return _status("VmHWM") - before
+    run()
+    return _status("VmHWM")
 
 
 def _status(key: str) -> int:

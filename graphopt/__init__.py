@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from graphopt.passes.sparse_update import SparseUpdate
     from graphopt.passes.split_vocab import SplitVocab
     from graphopt.passes.stream_blocks import StreamBlocks
+    from graphopt.passes.stream_layers import StreamLayers
     from graphopt.passes.stream_loss import StreamLoss
     from graphopt.program import Program
     from graphopt.report import Report
@@ -53,6 +54,7 @@ __all__ = [
     "SpeculativeDecoder",
     "SplitVocab",
     "StreamBlocks",
+    "StreamLayers",
     "StreamLoss",
     "TraceError",
     "VerifyError",
@@ -92,6 +94,7 @@ _LAZY = {
     "SpeculativeDecoder": "graphopt.speculative",
     "SplitVocab": "graphopt.passes.split_vocab",
     "StreamBlocks": "graphopt.passes.stream_blocks",
+    "StreamLayers": "graphopt.passes.stream_layers",
     "StreamLoss": "graphopt.passes.stream_loss",
     "TraceError": "graphopt.errors",
     "VerifyError": "graphopt.errors",

@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from graphopt.passes.checkpoint import Checkpoint
     from graphopt.passes.overlap_comm import OverlapComm
+    from graphopt.passes.pack_saved import PackSaved
     from graphopt.passes.patch_inference import PatchInference
     from graphopt.passes.skip_decode import SkipDecode
     from graphopt.passes.skip_layers import SkipLayers
     from graphopt.passes.sparse_update import SparseUpdate
     from graphopt.passes.split_vocab import SplitVocab
     from graphopt.passes.stream_blocks import StreamBlocks
+    from graphopt.passes.stream_layers import StreamLayers
     from graphopt.passes.stream_loss import StreamLoss
 
 if __name__ != "graphopt.passes":
@@ -20,12 +22,14 @@ if __name__ != "graphopt.passes":
 __all__ = [
     "Checkpoint",
     "OverlapComm",
+    "PackSaved",
     "PatchInference",
     "SkipDecode",
     "SkipLayers",
     "SparseUpdate",
     "SplitVocab",
     "StreamBlocks",
+    "StreamLayers",
     "StreamLoss",
 ]
 
@@ -33,12 +37,14 @@ __all__ = [
 _LAZY = {
     "Checkpoint": "graphopt.passes.checkpoint",
     "OverlapComm": "graphopt.passes.overlap_comm",
+    "PackSaved": "graphopt.passes.pack_saved",
     "PatchInference": "graphopt.passes.patch_inference",
     "SkipDecode": "graphopt.passes.skip_decode",
     "SkipLayers": "graphopt.passes.skip_layers",
     "SparseUpdate": "graphopt.passes.sparse_update",
     "SplitVocab": "graphopt.passes.split_vocab",
     "StreamBlocks": "graphopt.passes.stream_blocks",
+    "StreamLayers": "graphopt.passes.stream_layers",
     "StreamLoss": "graphopt.passes.stream_loss",
 }
 

@@ -21,6 +21,7 @@ from graphopt.cost_models.link_costs import HOST_LINK, LinkCosts, Timing, collec
 from graphopt.cost_models.link_probe import measured_links
 from graphopt.cost_models.overlap_run import Run, run_order
 from graphopt.cost_models.program_tasks import NodeSeconds, channel_of, task_graphs
+from graphopt.cost_models.run_timeline import Span, chrome_trace, joined, spans_of
 from graphopt.cost_models.task_graph import COMPUTE, TaskGraph
 from graphopt.cost_models.values import output_tensors
 from graphopt.errors import PlanError
@@ -55,6 +56,8 @@ class OverlapPlan(Plan):
 
     With `parts` > 1 the operators named by `cut` run on so many parts of the `batch` of samples, and
     `order` and `transfers` are those of the program that this makes. `remark` says why it is cut or not.
+    A span of either timeline has a name, a channel, and when it begins and ends in seconds; operators
+    that compute without a wait between them are one.
     """
 
     order: tuple[str, ...]
@@ -71,6 +74,8 @@ class OverlapPlan(Plan):
     parts: int = 1
     cut: tuple[str, ...] = ()
     remark: str = ""
+    spans_before: tuple[Span, ...] = ()
+    spans: tuple[Span, ...] = ()
 
     @property
     def gap(self) -> float:
@@ -88,6 +93,10 @@ class OverlapPlan(Plan):
             f"{self.gap:.2f} x the bound; peak {format_bytes(self.peak_bytes)} instead of "
             f"{format_bytes(self.peak_bytes_before)}"
         )
+
+    def chrome_trace(self) -> str:
+        """JSON for `chrome://tracing`: the step as captured, and as planned."""
+        return chrome_trace({"as captured": self.spans_before, "as planned": self.spans})
 
     def table(self) -> str:
         """The transfers that computing waits for, the longest first, as text."""
@@ -184,6 +193,7 @@ class OverlapComm(Pass):
             plan,
             seconds_before=plain.seconds_before,
             peak_bytes_before=plain.peak_bytes_before,
+            spans_before=plain.spans_before,
             batch=found.batch.size,
             parts=found.batch.parts,
             cut=found.names,
@@ -320,4 +330,16 @@ def _plan(
         memory_bytes=limit,
         contention=max((k for s in found for k in s.run.graph.contention.values()), default=0.0),
         found_by=tuple(s.found_by for s in found),
+        spans_before=_spans(before),
+        spans=_spans([s.run for s in found]),
     )
+
+
+def _spans(runs: Sequence[Run]) -> tuple[Span, ...]:
+    """One run after the other."""
+    found: list[Span] = []
+    begin = 0.0
+    for run in runs:
+        found += joined(spans_of(run, begin))
+        begin += run.seconds
+    return tuple(found)

@@ -21,12 +21,13 @@ MODULE_FLOORS = {
         ["accumulation", "capture", "compiled", "errors", "ops", "plan", "program", "ranks", "split"], 0
     ),
     "tangents": 0,
+    "measurement": 0,
     "__version__": 0,  # a text of graphopt/__init__
     **dict.fromkeys(["absent_logits", "packed_ops", "stream_ops", "stream_plans", "streamed"], 0),
     **dict.fromkeys(["split_tensors", "vocab_exchange"], 0),
     **dict.fromkeys(["vocab_dtensor", "vocab_loss", "vocab_parallel", "vocab_shard"], 0),
     **dict.fromkeys(["cleanup", "constant_masks", "origin", "tracing", "verify"], 0),
-    **dict.fromkeys(["__main__", "api", "cli", "inductor", "lower", "measurement", "models"], 4),
+    **dict.fromkeys(["__main__", "api", "cli", "inductor", "lower", "models"], 4),
     "inductor_memory": 4,
     "separate_gradients": 0,
     **dict.fromkeys(["report", "runtime", "terminal", "zoo"], 4),
