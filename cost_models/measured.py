@@ -28,11 +28,26 @@ from graphopt.cost_models.calibrate import (
     write_json,
 )
 from graphopt.cost_models.calls import Call, call_of, make
+from graphopt.cost_models.values import hint, numel, strides_of
+from graphopt.ops import is_elementwise
+
+aten = torch.ops.aten
 
 _SLOW_S = 0.2  # an op that takes longer is not repeated further
 _BURST = {"cpu": 1, "cuda": 10}  # runs between two synchronisations
 _SHORT_S = 2e-3  # an op is repeated until its runs took this long
 _MARK = "graphopt.probe "
+_LARGE_BYTES = 2**28  # operators with more than that are run only if their scratch is not known
+# On a CPU these have no scratch but for blocks of some hundred kilobytes, if they read rows (or columns).
+_PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
+_BY_ROWS = (
+    aten._softmax.default,
+    aten._softmax_backward_data.default,
+    aten._log_softmax.default,
+    aten._log_softmax_backward_data.default,
+    aten.nll_loss_forward.default,
+    aten.nll_loss_backward.default,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +74,12 @@ def probe(
     """Run each distinct node that can be run alone; the result is by `probe_key`.
 
     Views, collectives, higher-order ops, custom ops, and ops whose output sizes depend on their
-    values are left out. The random number generators are as before afterwards. Results are kept
-    in the folder `cache` per device and version of torch; None keeps nothing. With `channels_last`
-    convolutions run on images of that layout.
+    values are left out; so are large ones whose scratch is known, where time is not asked for
+    (`repeats` is 0): planning is not to take more memory than the plan. The random number generators
+    are as before afterwards. Results are kept in the folder `cache` per device and version of torch;
+    None keeps nothing. With `channels_last` convolutions run on images of that layout.
     """
-    found = (call_of(node, channels_last) for node in nodes)
+    found = (call_of(node, channels_last) for node in nodes if repeats or not _is_large_and_known(node))
     calls = {call.key: call for call in found if call is not None}
     probes: dict[str, Probe] = {}
     for device in dict.fromkeys(call.device for call in calls.values()):
@@ -76,6 +92,19 @@ def probe(
         if path is not None and fresh:
             _write(path, {**_read(path), **fresh})
     return probes
+
+
+def _is_large_and_known(node: fx.Node) -> bool:
+    """True for a large operator on a CPU that allocates its results, and nearly nothing besides."""
+    if node.target not in (*_PRODUCTS, *_BY_ROWS) and not is_elementwise(node):
+        return False
+    values = [n.meta.get("val") for n in (node, *node.all_input_nodes)]
+    tensors = [t for t in pytree.tree_leaves(values) if isinstance(t, torch.Tensor)]
+    last = 2 if node.target in _PRODUCTS else 1
+    dense = all(t.dim() < 2 or any(hint(s) == 1 for _, s in strides_of(t)[-last:]) for t in tensors)
+    on_cpu = all(t.device.type == "cpu" for t in tensors)
+    nbytes = sum(numel(t) * t.element_size() for t in tensors)
+    return on_cpu and dense and nbytes > _LARGE_BYTES
 
 
 def probe_key(node: fx.Node, channels_last: bool = False) -> str | None:

@@ -153,6 +153,23 @@ def test_input_too_large_gets_a_remark(traced, monkeypatch) -> None:
     assert "16384 bytes" in found.remark
 
 
+def test_large_operators_of_known_scratch_are_not_run(traced, monkeypatch) -> None:
+    """Planning is not to hold what the plan avoids; where they are timed, or read columns, they run."""
+
+    def function(x, weight):
+        logits = (x @ weight.t()).tanh()
+        return logits.log_softmax(-1), logits.t().log_softmax(-1), logits.cumsum(0)
+
+    graph = traced(function, torch.randn(8, 16), torch.randn(32, 16))
+    every = {key for node in graph.nodes if (key := probe_key(node))}
+    assert set(probe(graph.nodes, repeats=0, cache=None)) == every
+    monkeypatch.setattr(measured, "_LARGE_BYTES", 1000)
+    run = set(probe(graph.nodes, repeats=0, cache=None))
+    assert {key.split(".")[1] for key in every - run} == {"mm", "tanh", "_log_softmax"}
+    assert {key.split(".")[1] for key in run} == {"cumsum", "_log_softmax"}
+    assert set(probe(graph.nodes, repeats=1, cache=None)) == every
+
+
 def test_missing_device_gets_a_remark(traced) -> None:
     if torch.cuda.is_available():
         pytest.skip("the device is there")
