@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from graphopt.passes.calibration import calibration_gradients
     from graphopt.passes.checkpoint import Checkpoint
     from graphopt.passes.layer_sharing import share_weights
+    from graphopt.passes.offload_saved import OffloadSaved
     from graphopt.passes.overlap_comm import OverlapComm
     from graphopt.passes.pack_saved import PackSaved
     from graphopt.passes.patch_inference import PatchInference
@@ -41,6 +42,7 @@ __all__ = [
     "Device",
     "GiB",
     "GraphoptError",
+    "OffloadSaved",
     "OptimizedModule",
     "OverlapComm",
     "PackSaved",
@@ -81,6 +83,7 @@ _LAZY = {
     "GB": "graphopt.cost_models.devices",
     "GiB": "graphopt.cost_models.devices",
     "GraphoptError": "graphopt.errors",
+    "OffloadSaved": "graphopt.passes.offload_saved",
     "OptimizedModule": "graphopt.api",
     "OverlapComm": "graphopt.passes.overlap_comm",
     "PackSaved": "graphopt.passes.pack_saved",

@@ -160,6 +160,8 @@ _STARTS: dict[str, tuple[str, int | None]] = {
     "ao::reload": ("host_to_device", None),
 }
 _WAITS = {"_c10d_functional::wait_tensor", "ao::wait_tensor"}
+# What moves values to places outside of the memory and back: each has its own place in the order.
+_OFFLOADS = {"graphopt::offload", "graphopt::offload_wait", "graphopt::fetch", "graphopt::fetch_wait"}
 
 
 class Transfer(NamedTuple):
@@ -222,6 +224,8 @@ def may_recompute(node: fx.Node) -> bool:
     Random operators qualify: they are replayed from the saved state of the generator.
     """
     if node.op != "call_function" or is_collective(node.target) or mutates(node.target):
+        return False
+    if schema_name(node.target) in _OFFLOADS:
         return False
     if getattr(node.target, "namespace", None) == "inductor_prims" and is_random(node):
         return False  # Inductor's seeds: drawn once, and all that depends on them can be replayed

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from graphopt.passes.checkpoint import Checkpoint
+    from graphopt.passes.offload_saved import OffloadSaved
     from graphopt.passes.overlap_comm import OverlapComm
     from graphopt.passes.pack_saved import PackSaved
     from graphopt.passes.patch_inference import PatchInference
@@ -21,6 +22,7 @@ if __name__ != "graphopt.passes":
 
 __all__ = [
     "Checkpoint",
+    "OffloadSaved",
     "OverlapComm",
     "PackSaved",
     "PatchInference",
@@ -36,6 +38,7 @@ __all__ = [
 # Public name -> the module that defines it.
 _LAZY = {
     "Checkpoint": "graphopt.passes.checkpoint",
+    "OffloadSaved": "graphopt.passes.offload_saved",
     "OverlapComm": "graphopt.passes.overlap_comm",
     "PackSaved": "graphopt.passes.pack_saved",
     "PatchInference": "graphopt.passes.patch_inference",

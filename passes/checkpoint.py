@@ -132,20 +132,20 @@ class Checkpoint(Pass):
         baseline = flow.static_bytes + step_of(flow, everything(flow)).peak_bytes
         budget = self._budget_bytes(baseline, flow.static_bytes)
         if not program.is_joint:
-            return _plan(flow, everything(flow), budget, baseline)
+            return plan_of(flow, everything(flow), budget, baseline)
         wish = self.memory if self.activations is None else self.activations
         free = not costs.fused
         search = Search(leave_room=costs.followed, freedom=Freedom(free, free))
         room = None if budget is None else budget - costs.margin_bytes
         if self.solver in SOLVERS:
             choice = fitting(flow, subset_choice(flow, self.solver, room), room)
-            return _plan(flow, choice, budget, baseline)
+            return plan_of(flow, choice, budget, baseline)
         wanted = choose_nested if self.solver == "chain" else choose_best
         choice = wanted(flow, wish == "min", room, search)
         if self.solver != "ilp":
-            return _plan(flow, choice, budget, baseline)
+            return plan_of(flow, choice, budget, baseline)
         choice, bound = bounded(flow, choice, room, self.time_limit_s)
-        return replace(_plan(flow, choice, budget, baseline), least_recompute_seconds=bound.seconds)
+        return replace(plan_of(flow, choice, budget, baseline), least_recompute_seconds=bound.seconds)
 
     def apply(self, program: Program, plan: CheckpointPlan) -> Program:
         """The joint graph with the recomputations of `plan` in it."""
@@ -177,7 +177,8 @@ class Checkpoint(Pass):
         return None if budget is None else budget + static_bytes
 
 
-def _plan(flow: Dataflow, choice: Choice, budget: int | None, baseline: int) -> CheckpointPlan:
+def plan_of(flow: Dataflow, choice: Choice, budget: int | None, baseline: int) -> CheckpointPlan:
+    """`choice` as a plan, by names; `budget` and `baseline` are peaks, bytes."""
     step = step_of(flow, choice)
     return CheckpointPlan(
         keep=names_of(flow, choice.keep),

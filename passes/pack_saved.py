@@ -88,7 +88,7 @@ def _packable(program: Program) -> Iterator[tuple[fx.Node, str]]:
     fixed = {o for o in program.outputs if isinstance(o, fx.Node)}
     for node in program.operators():
         form = None if node in late or node in fixed else _form(node)
-        if form and _nbytes(node) >= LEAST_BYTES and next(_readers(node, late), None):
+        if form and _nbytes(node) >= LEAST_BYTES and next(backward_readers(node, late), None):
             yield node, form
 
 
@@ -113,13 +113,13 @@ def _is_drawn(node: fx.Node) -> bool:
     return any(ops.is_random(m) for m in makers) and (node.target in _DRAWN or ops.is_random(node))
 
 
-def _readers(node: fx.Node, late: set[fx.Node]) -> Iterator[fx.Node]:
+def backward_readers(node: fx.Node, late: set[fx.Node]) -> Iterator[fx.Node]:
     """Nodes of the backward that read `node`, or a view of it that the forward made."""
     for user in node.users:
         if user in late:
             yield user
         elif _is_view_of(user, node):
-            yield from _readers(user, late)
+            yield from backward_readers(user, late)
 
 
 def _is_view_of(user: fx.Node, node: fx.Node) -> bool:
@@ -154,7 +154,7 @@ def _packed_bytes(node: fx.Node, form: str) -> int:
 def _pack(program: Program, node: fx.Node, form: str) -> None:
     """The forward packs `node`, and what the backward reads of it is unpacked there."""
     graph, late = program.graph, late_nodes(program)
-    first = min(_readers(node, late), key=list(graph.nodes).index)
+    first = min(backward_readers(node, late), key=list(graph.nodes).index)
     if form == "bits":
         pack, arguments = packed.pack_bits.default, ()
         unpack, back = packed.unpack_bits.default, (list(node.meta["val"].shape),)
@@ -166,23 +166,23 @@ def _pack(program: Program, node: fx.Node, form: str) -> None:
     with graph.inserting_after(node):
         saved = insert_call(graph, node, pack, (node, *arguments), name=f"{node.name}_packed")
     with graph.inserting_before(first):
-        again = _late(insert_call(graph, node, unpack, (saved, *back)))
-        _read_instead(graph, node, again, late)
+        again = marked_late(insert_call(graph, node, unpack, (saved, *back)))
+        read_instead(graph, node, again, late)
 
 
-def _late(node: fx.Node) -> fx.Node:
+def marked_late(node: fx.Node) -> fx.Node:
     """`node`, marked as part of the backward."""
     node.meta |= {"partitioner_tag": "is_backward", "autograd_backward": True}
     return node
 
 
-def _read_instead(graph: fx.Graph, node: fx.Node, again: fx.Node, late: set[fx.Node]) -> None:
+def read_instead(graph: fx.Graph, node: fx.Node, again: fx.Node, late: set[fx.Node]) -> None:
     """Let the backward read `again` in place of `node`, and views of it in place of views."""
     for user in list(node.users):
         if user in late:
             user.replace_input_with(node, again)
-        elif _is_view_of(user, node) and next(_readers(user, late), None):
+        elif _is_view_of(user, node) and next(backward_readers(user, late), None):
             args = tuple(again if argument is node else argument for argument in user.args)
             target: Any = user.target
-            view = _late(insert_call(graph, user, target, args, user.kwargs))
-            _read_instead(graph, user, view, late)
+            view = marked_late(insert_call(graph, user, target, args, user.kwargs))
+            read_instead(graph, user, view, late)

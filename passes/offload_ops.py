@@ -1,0 +1,71 @@
+"""Offloading as operators of a graph, `torch.ops.graphopt.`: what goes to a file, and comes back.
+
+    handle = offload(value, folder, bytes_per_s)     a write starts, which reads the value
+    place  = offload_wait(handle, value)             the write is done; the value's memory may go
+    buffer = fetch(place, size, stride, dtype)       memory is taken, and a read into it starts
+    again  = fetch_wait(buffer, place)               the read is done; `again` is a view of the buffer
+
+A handle is a tensor of one number that holds the place in the file. So a place lives as long as autograd
+holds what the forward saved: each forward has places of its own, a backward can run twice, and a forward
+whose backward never comes leaves nothing behind. The wait reads the value, which therefore stays in
+memory until then in every account of it. None has a gradient: they stand in graphs of both directions.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graphopt.passes.offload_store import channel_of, place_of
+
+_SCHEMAS = {
+    "offload": "(Tensor value, str? folder, float? bytes_per_s) -> Tensor",
+    "offload_wait": "(Tensor handle, Tensor value) -> Tensor",
+    "fetch": "(Tensor place, SymInt[] size, SymInt[] stride, ScalarType dtype) -> Tensor",
+    "fetch_wait": "(Tensor(a) buffer, Tensor place) -> Tensor(a)",
+}
+
+
+def offload(value: Tensor, folder: str | None, bytes_per_s: float | None) -> Tensor:
+    """Starts to write the memory of `value`, on the CPU; its handle, int64[1]."""
+    return channel_of(folder, bytes_per_s).write(value).handle()
+
+
+def offload_wait(handle: Tensor, value: Tensor) -> Tensor:
+    """Waits until the value is written; its place, int64[1]. GraphoptError where that failed."""
+    place = place_of(handle)
+    place.written.wait()
+    return place.handle()
+
+
+def fetch(place: Tensor, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A tensor of this shape, into which the value is being read."""
+    buffer = torch.empty_strided(size, stride, dtype=dtype)
+    place_of(place).fetch(buffer)
+    return buffer
+
+
+def fetch_wait(buffer: Tensor, place: Tensor) -> Tensor:
+    """`buffer` with the value in it. Raises GraphoptError where it could not be read."""
+    place_of(place).wait(buffer)
+    return buffer
+
+
+_BODIES: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "offload": (offload, lambda *_: torch.empty(1, dtype=torch.int64)),
+    "offload_wait": (offload_wait, lambda *_: torch.empty(1, dtype=torch.int64)),
+    "fetch": (
+        fetch,
+        lambda _, size, stride, dtype: torch.empty_strided(size, stride, dtype=dtype),
+    ),
+    "fetch_wait": (fetch_wait, lambda buffer, _: buffer.view_as(buffer)),
+}
+_LIBRARY = torch.library.Library("graphopt", "FRAGMENT")
+for _name, _schema in _SCHEMAS.items():
+    _body, _like = _BODIES[_name]
+    _LIBRARY.define(_name + _schema)
+    torch.library.impl(_LIBRARY, _name, "CompositeExplicitAutograd")(_body)
+    torch.library.register_fake(f"graphopt::{_name}", _like, lib=_LIBRARY)
+
+ops = torch.ops.graphopt
