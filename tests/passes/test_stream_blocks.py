@@ -1,6 +1,8 @@
 """Blocks in parts of their tokens: equal to eager, narrow; what is left alone; a golden text."""
 
 import copy
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,10 @@ import graphopt
 from graphopt import Checkpoint, PlanError, Program, StreamBlocks, StreamLoss, optimize, zoo
 from graphopt.cost_models.costs import Costs
 from graphopt.cost_models.devices import get_device
+from graphopt.passes import stream_blocks
+from graphopt.passes.pipeline import PassStep
 from graphopt.passes.segments import spans
-from graphopt.passes.stream_blocks import StreamBlocksPlan
+from graphopt.passes.stream_blocks import StreamBlocksPlan, run_or_stream
 from graphopt.passes.token_rules import places
 from graphopt.program import Role, tensors_of
 from graphopt.verify import verify
@@ -314,6 +318,33 @@ def test_a_budget_alone_streams_blocks_where_it_has_to() -> None:
         with pytest.raises(PlanError) as error:
             optimize(model, **limited, device="cpu-generic")(x)
         assert (error.value.reachable_bytes or 0) > 1000
+
+
+@pytest.mark.parametrize(("seconds", "expected"), [(2.0, "streamed"), (9.0, "nested"), (None, "nested")])
+def test_the_faster_of_streamed_blocks_and_nested_recomputation(
+    monkeypatch: pytest.MonkeyPatch, seconds: float | None, expected: str
+) -> None:
+    """They are compared where a plan forgets values; where none does, blocks are not tried."""
+    program, *_ = captured(Form())
+    plan = Checkpoint().plan(program, Costs.of(program, CPU))
+    nested = replace(plan, forget=(("mul", ("sin",)),), recompute_seconds=5.0, budget_bytes=1000)
+    tried: list[str] = []
+
+    def run(program: Any, passes: Any, *_: Any) -> tuple[str, tuple[PassStep, ...]]:
+        name = "streamed" if len(passes) == 2 else "nested"
+        tried.append(name)
+        if name == "streamed" and seconds is None:
+            raise PlanError("not with streamed blocks")
+        found = nested if name == "nested" else replace(plan, recompute_seconds=seconds or 0.0)
+        return name, (PassStep(passes[-1], found, 0.0),)
+
+    monkeypatch.setattr(stream_blocks, "run_passes", run)
+    given = (program, [Checkpoint(memory=1000)], lambda p: Costs.of(p, CPU), time.perf_counter)
+    assert run_or_stream(*given)[0] == expected
+    assert tried == ["nested", "streamed"]
+    nested = replace(nested, forget=())
+    assert run_or_stream(*given)[0] == "nested"
+    assert tried[2:] == ["nested"]
 
 
 # --- golden text ---------------------------------------------------------------------------------
