@@ -1,6 +1,6 @@
 """Memory against recomputation: graphopt and every peer on the same steps.
 
-    python benchmarks/checkpoint_front.py --models gpt2,llama,bert,t5,vit,resnet50 [--quick]
+    python benchmarks/checkpoint_front.py --models gpt2,llama,unet [--quick]
 
 Each model has a process of its own, in which all its points are measured: the peak of one step from
 the allocator's events (after two that warm up), the FLOPs that are computed again, and the time of
@@ -8,11 +8,12 @@ interleaved steps against eager. Results of models that are not named are kept.
 """
 
 import argparse
+import math
 import re
 import time
 from typing import Any
 
-from front_tables import front_text
+from front_tables import CONVOLUTIONAL, front_text
 from harness import (
     answer,
     build,
@@ -32,9 +33,10 @@ from harness import (
 from peers import Peer, eager_flops, peers, running
 
 import graphopt
-from graphopt import PlanError
+from graphopt import GraphoptError, PlanError
 
-MODELS = ("gpt2", "llama", "bert", "t5", "vit", "resnet50")
+TRANSFORMERS = ("gpt2", "llama", "bert", "t5", "vit", "swin", "mixtral", "whisper")
+MODELS = (*TRANSFORMERS, *CONVOLUTIONAL)
 RESIDENT = ("eager", "checkpoint", "graphopt min")
 
 
@@ -43,15 +45,18 @@ def peer_point(peer: Peer, model: Any, batch: Any, eager_total: int, rounds: int
     point: dict[str, Any] = {"label": str(peer), "kind": peer.kind, "compiler": peer.compiler}
     fresh()
     try:
+        wanted = run_step(model, batch)
         with running(peer, model) as ready:
-            found = peak_of(ready.module, batch)
+            if not math.isclose(found := run_step(ready.module, batch), wanted, rel_tol=1e-5):
+                raise GraphoptError(f"the loss is {found}, not {wanted}")
+            peak = peak_of(ready.module, batch)
             if peer.compiler:
                 point |= {"graphs": len(ready.counts), "recomputed_flops": ready.recomputed_flops}
                 point["joint_flops"] = sum(before for before, _ in ready.counts)
             else:
                 total = eager_flops(lambda: run_step(ready.module, batch))
                 point["recomputed_flops"] = total - eager_total
-            point |= vars(found) | timed(model, ready.module, batch, rounds)
+            point |= vars(peak) | timed(model, ready.module, batch, rounds)
     except Exception as error:
         point["error"] = f"{type(error).__name__}: {str(error)[:160]}"
     return point

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import unet
 from torch import fx, nn
 
 from graphopt import zoo
@@ -162,7 +163,9 @@ def setup() -> None:
 
 
 def build(name: str, size: Size | None = None) -> tuple[nn.Module, dict[str, Any]]:
-    """A model of the zoo at the size of the benchmarks, and its batch."""
+    """A model of the zoo, or the U-Net, at the size of the benchmarks, and its batch."""
+    if name == "unet":
+        return unet.build(batch=2, size=128)
     size = size or SIZES[name]
     model = zoo.build(name, size.base, size.overrides)  # type: ignore[arg-type]
     return model, zoo.example_batch(name, model, size.batch, size.seq)

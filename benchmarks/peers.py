@@ -20,8 +20,9 @@ from torch._functorch import config as functorch_config
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor import config as inductor_config
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from graphopt.capture import CaptureSettings
 from graphopt.cost_models import flops
@@ -30,6 +31,14 @@ aten = torch.ops.aten
 
 BUDGETS = (1.0, 0.75, 0.5, 0.25, 0.1, 0.05, 0.0)
 SOLVERS = ("dp", "greedy", "ilp")
+GROUPS = (2, 3, 4, 6)
+_PRODUCTS = [  # what a selective policy keeps: the products, and attention
+    aten.mm.default,
+    aten.addmm.default,
+    aten.bmm.default,
+    aten.convolution.default,
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+]
 # Ops that torch's counter leaves out, or counts otherwise than `graphopt.cost_models.flops`.
 _COUNTED_HERE = (
     aten._scaled_dot_product_flash_attention_for_cpu,
@@ -44,10 +53,14 @@ class Peer:
 
     `compiler`: "" (eager), "aot" (min-cut partitioner, eager order), "aot-decomp" (the same on
     Inductor's decompositions), "inductor". `every`: each how-manieth block is checkpointed; 0 none.
+    `group`: how many consecutive blocks are one checkpoint, all but the last group of each stack, as
+    `checkpoint_sequential` does. `selective`: products inside of checkpointed blocks are kept.
     """
 
     compiler: str = ""
     every: int = 0
+    group: int = 1
+    selective: bool = False
     budget: float = 1.0
     solver: str = "dp"
 
@@ -60,6 +73,8 @@ class Peer:
 
     def __str__(self) -> str:
         blocks = {0: "", 1: "checkpoint", 2: "checkpoint every 2nd block"}[self.every]
+        blocks = f"checkpoint groups of {self.group}" if self.group > 1 else blocks
+        blocks = "selective checkpoint" if self.selective else blocks
         if not self.compiler:
             return blocks or "eager"
         if blocks:
@@ -83,7 +98,8 @@ class Running:
 
 def peers(quick: bool) -> list[Peer]:
     """What is measured: every compiler, budget and solver; a choice of them in the quick mode."""
-    found = [Peer(every=1), Peer(every=2)]
+    found = [Peer(every=1), Peer(every=2), Peer(every=1, selective=True)]
+    found += [Peer(every=1, group=size) for size in GROUPS]
     found += [Peer(c, every=1) for c in ("aot", "aot-decomp", "inductor")]
     if quick:
         found += [Peer("aot-decomp", budget=b) for b in BUDGETS]
@@ -99,7 +115,7 @@ def peers(quick: bool) -> list[Peer]:
 @contextlib.contextmanager
 def running(peer: Peer, model: nn.Module) -> Iterator[Running]:
     """`model`, or a copy that checkpoints, as `peer` runs it; to be used inside the context."""
-    module = checkpointed(model, peer.every) if peer.every else model
+    module = checkpointed(model, peer) if peer.every else model
     if not peer.compiler:
         yield Running(module)
         return
@@ -164,39 +180,66 @@ class CountingPartitioner(CustomPartitionerFn):
 
 
 class Checkpointed(nn.Module):
-    """A block that recomputes its forward in the backward, for models without that option."""
+    """Consecutive blocks that recompute their forward in the backward; each takes the last's result."""
 
-    def __init__(self, block: nn.Module) -> None:
+    def __init__(self, blocks: Sequence[nn.Module], selective: bool = False) -> None:
         super().__init__()
-        self.block = block
+        self.blocks = nn.ModuleList(blocks)
+        self.options = {"use_reentrant": False} | ({"context_fn": _keep_products} if selective else {})
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The block, checkpointed."""
-        return checkpoint(self.block, *args, use_reentrant=False, **kwargs)
+        """The blocks, checkpointed."""
+        return checkpoint(self._run, *args, **self.options, **kwargs)
+
+    def _run(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        result = x
+        for block in self.blocks:
+            first = result[0] if isinstance(result, tuple) else result
+            result = block(first, *args, **kwargs)
+        return result
 
 
-def checkpointed(model: nn.Module, every: int) -> nn.Module:
-    """A copy of `model` in which each `every`-th block is checkpointed."""
+def _keep_products() -> Any:
+    return create_selective_checkpoint_contexts(_PRODUCTS)
+
+
+def checkpointed(model: nn.Module, peer: Peer) -> nn.Module:
+    """A copy of `model` whose blocks are checkpointed as `peer` says."""
     twin: Any = copy.deepcopy(model)
-    if not twin.supports_gradient_checkpointing:
-        _wrap_blocks(twin, every)
+    by_option = twin.supports_gradient_checkpointing and peer.group == 1 and not peer.selective
+    if not by_option:
+        twin.config.use_cache = False  # a block that runs twice would extend the cache twice
+        for stack in _stacks(twin):
+            _wrap(stack, peer)
         return twin
     twin.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     blocks = [m for m in twin.modules() if getattr(m, "gradient_checkpointing", None) is True]
     leaves = [b for b in blocks if not any(o is not b and o in blocks for o in b.modules())]
     for number, block in enumerate(leaves):
-        block.gradient_checkpointing = number % every == 0
+        block.gradient_checkpointing = number % peer.every == 0
     return twin
 
 
-def _wrap_blocks(model: Any, every: int) -> None:
-    """Checkpoint the layers of every stage of a convolutional model of transformers."""
-    number = 0
-    for stage in model.base_model.encoder.stages:
-        for key, block in list(stage.layers.named_children()):
-            if number % every == 0:
-                setattr(stage.layers, key, Checkpointed(block))
-            number += 1
+def _stacks(model: Any) -> list[nn.Module]:
+    """The lists of blocks of one class, of transformers, or the layers of the stages of a ResNet."""
+    if hasattr(model.base_model, "encoder") and hasattr(model.base_model.encoder, "stages"):
+        return [stage.layers for stage in model.base_model.encoder.stages]
+    blocks = (GradientCheckpointingLayer, *getattr(model, "blocks", ()))
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)]
+    found = [m for m in lists if all(isinstance(b, blocks) for b in m)]
+    return [m for m in found if not any(o is not m and o in found for o in m.modules())]
+
+
+def _wrap(stack: Any, peer: Peer) -> None:
+    """Checkpoint the blocks of `stack` in groups; of groups of several, all but the last."""
+    blocks = list(stack.named_children())
+    groups = [blocks[i : i + peer.group] for i in range(0, len(blocks), peer.group)]
+    whole = groups[:-1] if peer.group > 1 else groups
+    for number, group in enumerate(whole):
+        if number % peer.every == 0:
+            for name, _ in group[:-1]:
+                delattr(stack, name)
+            setattr(stack, group[-1][0], Checkpointed([b for _, b in group], peer.selective))
 
 
 # --- counting ----------------------------------------------------------------------------------

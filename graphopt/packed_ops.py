@@ -5,7 +5,7 @@ which are eight bytes each, take one byte: the place within the window. Both enc
 al., "Gist: Efficient Data Encoding for Deep Neural Network Training", ISCA 2018, section 4.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,15 +13,8 @@ import torch
 from torch import Tensor
 
 from graphopt.compiled import compiled
+from graphopt.custom_ops import register
 
-_SCHEMAS = {
-    "pack_bits": "(Tensor mask) -> Tensor",
-    "unpack_bits": "(Tensor packed, SymInt[] shape) -> Tensor",
-    "pack_window": "(Tensor indices, int[2] kernel, int[2] stride, int[2] padding, int[2] dilation, "
-    "SymInt width) -> Tensor",
-    "unpack_window": "(Tensor packed, int[2] kernel, int[2] stride, int[2] padding, int[2] dilation, "
-    "SymInt width) -> Tensor",
-}
 _TO_BITS = np.uint64(0x0102040810204080)  # moves bit 0 of byte k to bit 56 + k
 _TOP = np.uint64(56)
 _REPEATED = np.uint64(0x0101010101010101)
@@ -171,17 +164,25 @@ def _like_bits(mask: Tensor) -> Tensor:
     return mask.new_empty(((mask.numel() + 7) // 8,), dtype=torch.uint8)
 
 
-_BODIES: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
-    "pack_bits": (pack_bits, _like_bits),
-    "unpack_bits": (unpack_bits, lambda packed, shape: packed.new_empty(shape, dtype=torch.bool)),
-    "pack_window": (pack_window, lambda i, *_: i.new_empty(i.shape, dtype=torch.uint8)),
-    "unpack_window": (unpack_window, lambda p, *_: p.new_empty(p.shape, dtype=torch.int64)),
-}
-_LIBRARY = torch.library.Library("graphopt", "FRAGMENT")
-for _name, _schema in _SCHEMAS.items():
-    _body, _like = _BODIES[_name]
-    _LIBRARY.define(_name + _schema)
-    torch.library.impl(_LIBRARY, _name, "CompositeExplicitAutograd")(_body)
-    torch.library.register_fake(f"graphopt::{_name}", _like, lib=_LIBRARY)
+_WINDOW = "int[2] kernel, int[2] stride, int[2] padding, int[2] dilation, SymInt width"
+register("pack_bits", "(Tensor mask) -> Tensor", pack_bits, _like_bits)
+register(
+    "unpack_bits",
+    "(Tensor packed, SymInt[] shape) -> Tensor",
+    unpack_bits,
+    lambda packed, shape: packed.new_empty(shape, dtype=torch.bool),
+)
+register(
+    "pack_window",
+    f"(Tensor indices, {_WINDOW}) -> Tensor",
+    pack_window,
+    lambda indices, *_: indices.new_empty(indices.shape, dtype=torch.uint8),
+)
+register(
+    "unpack_window",
+    f"(Tensor packed, {_WINDOW}) -> Tensor",
+    unpack_window,
+    lambda packed, *_: packed.new_empty(packed.shape, dtype=torch.int64),
+)
 
 ops = torch.ops.graphopt

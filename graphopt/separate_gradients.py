@@ -8,7 +8,7 @@ is: transposed, or, for kernels of one element, with the channels of the weight 
 
 from collections.abc import Callable
 from operator import getitem
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -18,6 +18,7 @@ from graphopt.program import insert_call
 aten = torch.ops.aten
 BACKWARD = aten.convolution_backward.default
 MASK = 10  # the position of the mask that says which gradients are wanted
+Arguments = tuple[Any, ...]
 Call = Callable[..., fx.Node]  # inserts a call of a target on arguments
 _FORMATS = {4: (torch.contiguous_format, torch.channels_last), 5: (torch.contiguous_format,)}
 
@@ -33,7 +34,7 @@ def separate_convolution_gradients(graph: fx.Graph) -> None:
 
 
 def _is_separable(node: fx.Node) -> bool:
-    arguments: tuple[Any, ...] = node.args
+    arguments = cast(Arguments, node.args)
     operands = [argument.meta["val"] for argument in arguments[:3]]
     taken = [user.args[1] for user in node.users if user.target is getitem]
     return (
@@ -81,7 +82,7 @@ def _gradient_of_input(graph: fx.Graph, node: fx.Node, made: fx.Node) -> fx.Node
 
 def _as_pointwise(node: fx.Node, call: Call) -> fx.Node | None:
     """Kernels of one element: products for each element that was read, spread over the input's zeros."""
-    gradient, source, weight, _, stride, padding, dilation, _, _, groups, _ = _arguments(node)
+    gradient, source, weight, _, stride, padding, dilation, _, _, groups, _ = cast(Arguments, node.args)
     x, g, w = (argument.meta["val"] for argument in (source, gradient, weight))
     spread = set(stride) != {1}
     if {*w.shape[2:]} != {1} or any(padding) or groups != 1 or not (spread or x.numel() > g.numel()):
@@ -112,7 +113,7 @@ def _with_a_view(node: fx.Node, call: Call) -> fx.Node | None:
 
 def _transposed(node: fx.Node, call: Call) -> fx.Node | None:
     """The transposed convolution; where a stride leaves elements over, they are its output's padding."""
-    gradient, source, weight, _, stride, padding, dilation, _, _, groups, _ = _arguments(node)
+    gradient, source, weight, _, stride, padding, dilation, _, _, groups, _ = cast(Arguments, node.args)
     shapes = (argument.meta["val"].shape[2:] for argument in (source, gradient, weight))
     left = [
         i - ((o - 1) * s - 2 * p + d * (k - 1) + 1)
@@ -128,7 +129,3 @@ def _as_it_was(node: fx.Node, call: Call) -> fx.Node | None:
 
 
 _FORMS = (_as_pointwise, _with_a_view, _transposed, _as_it_was)
-
-
-def _arguments(node: fx.Node) -> tuple[Any, ...]:
-    return node.args

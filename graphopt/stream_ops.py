@@ -17,6 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from graphopt import stream_plans
 from graphopt.absent_logits import absent_logits
+from graphopt.custom_ops import register
 from graphopt.streamed import Coefficients, Head, Operands
 
 _COMMON = (
@@ -33,9 +34,6 @@ _SCHEMAS = {
     f"-> ({_NUMBERS}, Tensor dx, Tensor dweight, Tensor dbias)",
     "streamed_attention": f"({_COMMON}, int columns) -> ({_NUMBERS}, Tensor mean)",
     "streamed_attention_gradient": f"({_COMMON}, Tensor mean, {_BY}) -> Tensor",
-    "scaled_gradient_": "(Tensor(a!) gradient, Tensor factor) -> Tensor(a!)",
-    "absent_logits": "(Tensor x, Tensor weight, Tensor? bias, float inner, float cap, SymInt[] shape, "
-    "ScalarType dtype, bool lazy) -> Tensor",
 }
 COMMON = 11  # arguments that all but the last of the operators have
 DROP, EXPECTED = 9, 10  # positions among them
@@ -148,10 +146,6 @@ def _scaled_gradient(gradient: Tensor, factor: Tensor) -> Tensor:
     return gradient.mul_(factor)
 
 
-def _scaled_like(gradient: Tensor, factor: Tensor) -> Tensor:
-    return gradient
-
-
 def _absent_logits(
     x: Tensor,
     weight: Tensor,
@@ -195,7 +189,6 @@ def _mean_like(*args: Any) -> Tensor:
     return x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
-_LIBRARY = torch.library.Library("graphopt", "FRAGMENT")
 _BODIES: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "streamed_statistics": (statistics, _numbers_like),
     "streamed_gradients": (gradients, _gradients_like),
@@ -205,22 +198,25 @@ _BODIES: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 }
 
 
-def _register(name: str, body: Callable[..., Any], like: Callable[..., Any]) -> None:
-    def run(*args: Any) -> Any:
-        return body(kept_rows(args[:COMMON]), *args)
-
-    torch.library.impl(_LIBRARY, name, "CompositeExplicitAutograd")(run)
-    torch.library.register_fake(f"graphopt::{name}", like, lib=_LIBRARY)
+def _on_kept_rows(body: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args: body(kept_rows(args[:COMMON]), *args)
 
 
-for _name, _schema in _SCHEMAS.items():
-    _LIBRARY.define(_name + _schema)
-    if _name in _BODIES:
-        _register(_name, *_BODIES[_name])
-torch.library.impl(_LIBRARY, "scaled_gradient_", "CompositeExplicitAutograd")(_scaled_gradient)
-torch.library.register_fake("graphopt::scaled_gradient_", _scaled_like, lib=_LIBRARY)
-torch.library.impl(_LIBRARY, "absent_logits", "CompositeExplicitAutograd")(_absent_logits)
-torch.library.register_fake("graphopt::absent_logits", _absent_like, lib=_LIBRARY)
+for _name, (_body, _like) in _BODIES.items():
+    register(_name, _SCHEMAS[_name], _on_kept_rows(_body), _like)
+register(
+    "scaled_gradient_",
+    "(Tensor(a!) gradient, Tensor factor) -> Tensor(a!)",
+    _scaled_gradient,
+    lambda gradient, _: gradient,
+)
+register(
+    "absent_logits",
+    "(Tensor x, Tensor weight, Tensor? bias, float inner, float cap, SymInt[] shape, "
+    "ScalarType dtype, bool lazy) -> Tensor",
+    _absent_logits,
+    _absent_like,
+)
 
 ops = torch.ops.graphopt
 # operator -> the function that runs it on some of the rows; the cost model asks what it allocates.

@@ -11,20 +11,14 @@ whose backward never comes leaves nothing behind. The wait reads the value, whic
 memory until then in every account of it. None has a gradient: they stand in graphs of both directions.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from graphopt.custom_ops import register
 from graphopt.passes.offload_store import channel_of, place_of
-
-_SCHEMAS = {
-    "offload": "(Tensor value, str? folder, float? bytes_per_s) -> Tensor",
-    "offload_wait": "(Tensor handle, Tensor value) -> Tensor",
-    "fetch": "(Tensor place, SymInt[] size, SymInt[] stride, ScalarType dtype) -> Tensor",
-    "fetch_wait": "(Tensor(a) buffer, Tensor place) -> Tensor(a)",
-}
 
 
 def offload(value: Tensor, folder: str | None, bytes_per_s: float | None) -> Tensor:
@@ -52,20 +46,27 @@ def fetch_wait(buffer: Tensor, place: Tensor) -> Tensor:
     return buffer
 
 
-_BODIES: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
-    "offload": (offload, lambda *_: torch.empty(1, dtype=torch.int64)),
-    "offload_wait": (offload_wait, lambda *_: torch.empty(1, dtype=torch.int64)),
-    "fetch": (
-        fetch,
-        lambda _, size, stride, dtype: torch.empty_strided(size, stride, dtype=dtype),
-    ),
-    "fetch_wait": (fetch_wait, lambda buffer, _: buffer.view_as(buffer)),
-}
-_LIBRARY = torch.library.Library("graphopt", "FRAGMENT")
-for _name, _schema in _SCHEMAS.items():
-    _body, _like = _BODIES[_name]
-    _LIBRARY.define(_name + _schema)
-    torch.library.impl(_LIBRARY, _name, "CompositeExplicitAutograd")(_body)
-    torch.library.register_fake(f"graphopt::{_name}", _like, lib=_LIBRARY)
+def _like_handle(*_: Any) -> Tensor:
+    return torch.empty(1, dtype=torch.int64)
+
+
+def _like_buffer(_: Tensor, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return torch.empty_strided(size, stride, dtype=dtype)
+
+
+register("offload", "(Tensor value, str? folder, float? bytes_per_s) -> Tensor", offload, _like_handle)
+register("offload_wait", "(Tensor handle, Tensor value) -> Tensor", offload_wait, _like_handle)
+register(
+    "fetch",
+    "(Tensor place, SymInt[] size, SymInt[] stride, ScalarType dtype) -> Tensor",
+    fetch,
+    _like_buffer,
+)
+register(
+    "fetch_wait",
+    "(Tensor(a) buffer, Tensor place) -> Tensor(a)",
+    fetch_wait,
+    lambda buffer, _: buffer.view_as(buffer),
+)
 
 ops = torch.ops.graphopt

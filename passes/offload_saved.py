@@ -39,12 +39,7 @@ from graphopt.program import Program, insert_call, leaves
 from graphopt.split import late_nodes, saved_nodes
 
 LEAST_BYTES = 4096  # below, the four operators cost more than they are worth
-SHARES = (
-    0.0,
-    0.25,
-    0.5,
-    0.75,
-)  # of the way from the budget to the plain peak: budgets of `Checkpoint`
+SHARES = (0.0, 0.25, 0.5, 0.75)  # of the way from the budget to the plain peak: `Checkpoint`'s budgets
 BISECTIONS = 8
 
 

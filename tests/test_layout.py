@@ -23,7 +23,9 @@ MODULE_FLOORS = {
     "tangents": 0,
     "measurement": 0,
     "__version__": 0,  # a text of graphopt/__init__
-    **dict.fromkeys(["absent_logits", "packed_ops", "stream_ops", "stream_plans", "streamed"], 0),
+    **dict.fromkeys(
+        ["absent_logits", "custom_ops", "packed_ops", "stream_ops", "stream_plans", "streamed"], 0
+    ),
     **dict.fromkeys(["split_tensors", "vocab_exchange"], 0),
     **dict.fromkeys(["vocab_dtensor", "vocab_loss", "vocab_parallel", "vocab_shard"], 0),
     **dict.fromkeys(["cleanup", "constant_masks", "origin", "tracing", "verify"], 0),
