@@ -13,9 +13,8 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from graphopt import ops
-from graphopt.cleanup import Storage, storages_of
 from graphopt.cost_models.task_graph import COMPUTE, DEVICE_TO_HOST, HOST_TO_DEVICE, Task, TaskGraph
-from graphopt.program import Program, Role, leaves
+from graphopt.program import Program, Role, Storage, leaves, storages_of
 from graphopt.split import late_nodes, saved_nodes
 
 _COPIES = {"device_to_host": DEVICE_TO_HOST, "host_to_device": HOST_TO_DEVICE}

@@ -7,17 +7,17 @@ none of its values, a copy with the layout of its source is the source.
 from torch import fx
 
 from graphopt import ops
+from graphopt.compact_slices import compact_waiting_slices
 from graphopt.constant_masks import without_constant_masks
-from graphopt.program import Program, leaves, tensors_of
+from graphopt.program import Program, leaves, storages_of, tensors_of
 from graphopt.separate_gradients import separate_convolution_gradients
-
-Storage = tuple[fx.Node, int]
 
 
 def cleaned(program: Program, compiler: str = "eager") -> Program:
     """`program` without copies that have their source's layout, constant masks, and unread arguments.
 
-    Where it runs operator by operator, gradients of convolutions are made one after the other.
+    Where it runs operator by operator, gradients of convolutions are made one after the other, and slices
+    of gradients that wait are copied.
 
     A copy stays where it or its source is an input or an output of the graph: there it keeps two
     tensors of the caller apart.
@@ -45,6 +45,8 @@ def cleaned(program: Program, compiler: str = "eager") -> Program:
                 node.replace_all_uses_with(source)
                 result.graph.erase_node(node)
     result.graph.eliminate_dead_code()
+    if compiler == "eager":
+        compact_waiting_slices(result)
     return result
 
 
@@ -56,20 +58,3 @@ def _is_copy(node: fx.Node) -> bool:
         return False
     whole = source.numel() * source.element_size() == leaves(node.all_input_nodes[0])[0].nbytes
     return whole and copy.shape == source.shape and copy.stride() == source.stride()
-
-
-def storages_of(graph: fx.Graph) -> dict[fx.Node, tuple[Storage, ...]]:
-    """For each node, the storages behind its tensors, each named by the node and leaf that made it."""
-    found: dict[fx.Node, tuple[Storage, ...]] = {}
-    for node in graph.nodes:
-        if node.op == "output":
-            continue
-        inputs = node.all_input_nodes
-        own = []
-        for index, leaf in enumerate(leaves(node)):
-            if leaf.alias is None or node.op == "placeholder":
-                own.append((node, index))
-            else:
-                own.append(found[inputs[leaf.alias[0]]][leaf.alias[1]])
-        found[node] = tuple(own)
-    return found

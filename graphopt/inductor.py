@@ -9,12 +9,11 @@ from torch._inductor import config
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 
-from graphopt.cleanup import storages_of
 from graphopt.cost_models.nodes import runs_kernel
 from graphopt.inductor_memory import Half
 from graphopt.lower import last_uses
 from graphopt.ops import is_elementwise
-from graphopt.program import bytes_behind, leaves
+from graphopt.program import bytes_behind, leaves, storages_of
 
 aten = torch.ops.aten
 # The order is the plan's. A freed buffer that waits to be used again would stay allocated meanwhile.

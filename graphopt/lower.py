@@ -11,9 +11,8 @@ from torch import fx
 from torch.fx.graph import _BoxedCodeGen
 
 from graphopt import ops
-from graphopt.cleanup import Storage, storages_of
 from graphopt.cost_models.memory import may_overwrite
-from graphopt.program import LEAVES, Leaf, leaves
+from graphopt.program import LEAVES, Leaf, Storage, leaves, storages_of
 
 
 def boxed(module: fx.GraphModule) -> Callable[[list[Any]], Sequence[Any]]:

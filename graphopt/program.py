@@ -15,6 +15,7 @@ from graphopt import ops
 from graphopt.errors import TraceError
 
 LEAVES = "graphopt_leaves"
+Storage = tuple[fx.Node, int]  # the node that made it, and which of its tensors
 
 
 class Role(enum.Enum):
@@ -146,6 +147,23 @@ def set_value(node: fx.Node, value: Any) -> None:
     """Give `node` the (fake) value that it holds now, and the storages of that."""
     node.meta["val"] = value
     node.meta[LEAVES] = _leaves_of(node)
+
+
+def storages_of(graph: fx.Graph) -> dict[fx.Node, tuple[Storage, ...]]:
+    """For each node, the storages behind its tensors, each named by the node and leaf that made it."""
+    found: dict[fx.Node, tuple[Storage, ...]] = {}
+    for node in graph.nodes:
+        if node.op == "output":
+            continue
+        inputs = node.all_input_nodes
+        own = []
+        for index, leaf in enumerate(leaves(node)):
+            if leaf.alias is None or node.op == "placeholder":
+                own.append((node, index))
+            else:
+                own.append(found[inputs[leaf.alias[0]]][leaf.alias[1]])
+        found[node] = tuple(own)
+    return found
 
 
 def insert_call(

@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from torch import fx
 
 from graphopt import ops
-from graphopt.cleanup import storages_of
 from graphopt.errors import PlanError
 from graphopt.passes.batch_rewrite import BatchParts, CannotCut
 from graphopt.passes.batch_rules import Batch, NotByRows, RowRule, row_rule
-from graphopt.program import Program, Role, tensors_of
+from graphopt.program import Program, Role, storages_of, tensors_of
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from graphopt.cleanup import storages_of
-from graphopt.program import Program, Role, insert_call, set_value, tensors_of
+from graphopt.program import Program, Role, insert_call, set_value, storages_of, tensors_of
 from graphopt.split import late_nodes
 
 aten = torch.ops.aten

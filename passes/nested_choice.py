@@ -144,7 +144,7 @@ def _nested(flow: Dataflow, spans: Callable[[], Chain]) -> Nested | None:
 
 
 def _lower(flow: Dataflow, nested: Nested, labels: Choice) -> Choice:
-    """The nested choice of the lowest peak that is worth its time, or `labels`.
+    """The nested choice of the lowest peak below that of `labels` that is worth its time, or `labels`.
 
     What the chain's own figures say is not worth it is not simulated.
     """
@@ -152,7 +152,7 @@ def _lower(flow: Dataflow, nested: Nested, labels: Choice) -> Choice:
 
     def is_worth(seconds: float, peak_bytes: int) -> bool:
         saved = (labels.peak_bytes - peak_bytes) / max(1, labels.peak_bytes)
-        return seconds - labels.seconds <= PRICE * saved * whole
+        return saved >= 0 and seconds - labels.seconds <= PRICE * saved * whole
 
     chain = nested.chain.chain
     low = least_budget(chain)

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from torch import fx
 
 from graphopt import ops
-from graphopt.cleanup import Storage, storages_of
 from graphopt.passes.batch_rules import NotByRows
 from graphopt.passes.token_rules import (
     Dims,
@@ -23,7 +22,7 @@ from graphopt.passes.token_rules import (
     shape_of,
     token_rule,
 )
-from graphopt.program import Program, leaves
+from graphopt.program import Program, Storage, leaves, storages_of
 from graphopt.split import late_nodes
 
 WIDE = 1.5  # times the elements of the layer's operand: what counts as wide

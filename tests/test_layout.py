@@ -28,7 +28,7 @@ MODULE_FLOORS = {
     ),
     **dict.fromkeys(["split_tensors", "vocab_exchange"], 0),
     **dict.fromkeys(["vocab_dtensor", "vocab_loss", "vocab_parallel", "vocab_shard"], 0),
-    **dict.fromkeys(["cleanup", "constant_masks", "origin", "tracing", "verify"], 0),
+    **dict.fromkeys(["cleanup", "compact_slices", "constant_masks", "origin", "tracing", "verify"], 0),
     **dict.fromkeys(["__main__", "api", "cli", "inductor", "lower", "models"], 4),
     "inductor_memory": 4,
     "separate_gradients": 0,
