@@ -33,7 +33,7 @@ from harness import (
 from peers import Peer, eager_flops, peers, running
 
 import graphopt
-from graphopt import GraphoptError, PlanError
+from graphopt import Checkpoint, GraphoptError, PlanError, StreamBlocks
 
 TRANSFORMERS = ("gpt2", "llama", "bert", "t5", "vit", "swin", "mixtral", "whisper")
 MODELS = (*TRANSFORMERS, *CONVOLUTIONAL)
@@ -65,7 +65,7 @@ def peer_point(peer: Peer, model: Any, batch: Any, eager_total: int, rounds: int
 def our_point(label: str, model: Any, batch: Any, rounds: int, **options: Any) -> dict[str, Any]:
     """One plan of graphopt: predicted, measured, counted, timed."""
     point: dict[str, Any] = {"label": label, "kind": "graphopt"}
-    point |= {"options": {k: v for k, v in options.items()}}
+    point |= {"options": {k: str(v) if k == "passes" else v for k, v in options.items()}}
     fresh()
     try:
         begin = time.perf_counter()
@@ -118,6 +118,8 @@ def worker(name: str, quick: bool, rounds: int, wanted: str) -> dict[str, Any]:
     theirs = [p for p in points if "peak" in p]
     first = keep(our_point("graphopt", model, batch, rounds))
     keep(our_point("graphopt min", model, batch, rounds, memory="min"))
+    passes = [StreamBlocks(memory="min"), Checkpoint(memory="min")]
+    keep(our_point("graphopt streamed min", model, batch, rounds, passes=passes))
     keep(our_point("graphopt activations min", model, batch, rounds, activations="min"))
     if compiles_with_inductor() and re.fullmatch(wanted, "inductor + checkpoint"):
         for label, options in (("", {}), (" min", {"memory": "min"})):

@@ -6,6 +6,7 @@ from typing import Any
 from harness import megabytes, table
 
 CONVOLUTIONAL = ("resnet50", "unet")
+LEAST = ("graphopt min", "graphopt streamed min")
 BAR = 0.6  # our least peak without gradients, of the least of each kind of peer
 BAR_CONVOLUTIONAL = 0.7
 Points = list[dict[str, Any]]
@@ -37,7 +38,7 @@ def verdict_peaks(data: dict[str, Any]) -> str:
     """(a) the least peak, gradients taken off."""
     rows = []
     for name, found in data.items():
-        ours = _at(found, "graphopt min")
+        ours = _least(p for label in LEAST if (p := _at(found, label)) is not None)
         kinds: dict[str, Points] = {}
         for point in _done(found):
             kinds.setdefault(point["kind"], []).append(point)
@@ -64,7 +65,10 @@ def verdict_peaks(data: dict[str, Any]) -> str:
             )
     head = ["model", "against", "their best", "theirs MB", "ours MB", "ratio", "activations ratio"]
     text = table([*head, "bar", "met"], rows)
-    return f"(a) Least peak minus gradients: memory='min' against the best of each kind.\n\n{text}"
+    return (
+        "(a) Least peak minus gradients: memory='min', recomputing alone or with streamed blocks, against "
+        f"the best of each kind.\n\n{text}"
+    )
 
 
 def verdict_flops(data: dict[str, Any]) -> str:

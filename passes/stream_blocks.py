@@ -1,4 +1,4 @@
-"""Blocks between attentions in parts of their tokens: what is wide inside never exists for all tokens.
+"""Wide blocks in parts of their tokens, or heads: what is wide inside never exists for all tokens.
 
 Once a loss is streamed, what recomputing a block holds is mostly its MLP: values several times as wide as
 the residual stream, in the forward and for the gradients. The gradients of a function of separate tokens
@@ -7,8 +7,8 @@ is what StreamBP does along the sequence (Luo et al., "StreamBP: Memory-Efficien
 Backpropagation for Long Sequence Training of LLMs", arXiv 2506.03077, 2025, section 3). Here regions
 of such operators are found on the captured graph (`graphopt.passes.token_regions`).
 
-An attention is not cut: on a CPU, and with the flash kernels of GPUs, its scores are never in memory, and
-what it keeps is of the width of its inputs.
+An attention whose scores are in memory, as models write it by hand, is a region as well: its heads
+compute apart from each other. The fused kernels never hold their scores, and are left alone.
 """
 
 from collections.abc import Callable, Sequence
@@ -62,7 +62,7 @@ class StreamBlocksPlan(Plan):
 
 @dataclass(frozen=True)
 class StreamBlocks(Pass):
-    """Recompute and differentiate wide blocks a part of their tokens at a time.
+    """Recompute and differentiate wide blocks a part of their tokens, or heads, at a time.
 
     To be followed by `Checkpoint`, which plans the rest. `parts` is a number, or "auto": then `memory`,
     in the forms of `Checkpoint` (a share is of the plain peak), asks for the number with which
@@ -70,7 +70,8 @@ class StreamBlocks(Pass):
     beyond which the peak of a step that recomputes everything hardly falls.
 
     Losses and gradients are those of the step before up to the rounding of sums over tokens. Blocks with
-    random operators (dropout) among what is wide are left alone, and so are attentions.
+    random operators (dropout) among what is wide are left alone, and so are attentions with a mask of
+    each text's own.
     """
 
     name: ClassVar[str] = "stream-blocks"

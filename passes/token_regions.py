@@ -1,6 +1,7 @@
 """Regions of a step that compute tokens apart from each other, wide inside and narrow at the border.
 
-A region begins at a linear layer that widens. It takes in all that is wide, in the forward and in the
+A region begins at a linear layer that widens, or where the heads of an attention multiply queries with
+keys: to it, a token is one head of one text. It takes in all that is wide, in the forward and in the
 backward, and then more of what is around as long as no more bytes cross its border: a norm before,
 the addition of a residual behind. Where something wide cannot be cut, the layer is left alone.
 """
@@ -70,7 +71,10 @@ def regions_of(program: Program) -> Regions:
 
 
 def _widens(node: fx.Node) -> bool:
-    """True for a linear layer from tokens to more elements for each."""
+    """True for a linear layer from tokens to more elements for each, and for an attention's scores."""
+    if node.target is aten.bmm.default:
+        most = max(math.prod(shape_of(n)) for n in node.all_input_nodes)
+        return math.prod(shape_of(node)) >= WIDE * most and shape_of(node)[0] > 1
     if node.target not in (aten.mm.default, aten.addmm.default) or node.kwargs:
         return False
     source, weight = node.args[-2:]

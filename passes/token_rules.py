@@ -2,6 +2,7 @@
 
 A tensor may count its tokens along one dimension, [tokens, width], or along two that stand side by side,
 [batch, length, width]: cut, these are taken as one, so that a part is [1, tokens of the part, width].
+In an attention whose scores are in memory, each head of each text is such a token.
 A rule says what an operator reads of its operands for some tokens of its result; nothing else is
 assumed of the program. Sums over the tokens have rules of their own: they are added up over the parts.
 """
@@ -49,7 +50,10 @@ def token_rule(node: fx.Node, dims: Dims) -> TokenRule:
         make = _pointwise
     if make is None:
         raise NotByRows("is not known to treat tokens apart")
-    return make(node, dims)
+    rule = make(node, dims)
+    if not all(_is_one_run(source, place) for source, place in rule.operands.items()):
+        raise NotByRows("reads tokens that are no single run of memory")
+    return rule
 
 
 def inferred_rule(node: fx.Node, known: Mapping[fx.Node, Dims | None], tokens: int) -> TokenRule:
@@ -95,6 +99,13 @@ def shape_of(node: fx.Node) -> tuple[int, ...]:
     tensor = next((t for t in tensors_of(node) if t is not None), None)
     shape = () if tensor is None else tuple(tensor.shape)
     return shape if all(isinstance(size, int) for size in shape) else ()
+
+
+def _is_one_run(node: fx.Node, dims: Dims) -> bool:
+    """True where dimensions side by side can be taken as one, without a copy."""
+    tensor = next(t for t in tensors_of(node) if t is not None)
+    sizes, strides = tensor.shape, tensor.stride()
+    return all(strides[a] == sizes[b] * strides[b] for a, b in pairwise(dims))
 
 
 def _argument(node: fx.Node, position: int, default: Any = None) -> Any:
@@ -157,6 +168,20 @@ def _product(left: int) -> Callable[[fx.Node, Dims], TokenRule]:
         return TokenRule(dims, cut)
 
     return rule
+
+
+def _transposed(node: fx.Node, dims: Dims) -> TokenRule:
+    """Two dimensions in each other's place, neither of which counts tokens."""
+    if not {d % len(shape_of(node)) for d in node.args[1:]}.isdisjoint(dims):  # type: ignore[operator]
+        raise NotByRows("parts the dimensions of the tokens")
+    return TokenRule(dims, {node.all_input_nodes[0]: dims})
+
+
+def _products(node: fx.Node, dims: Dims) -> TokenRule:
+    """Many matrix products, each of a token of its own."""
+    if dims != (0,):
+        raise NotByRows("works along the tokens")
+    return TokenRule(dims, dict.fromkeys(node.all_input_nodes, dims))
 
 
 def _reduction(node: fx.Node, dims: Dims) -> TokenRule:
@@ -245,8 +270,10 @@ _RULES: Mapping[Any, Callable[[fx.Node, Dims], TokenRule]] = {
     **dict.fromkeys((aten.view.default, aten._unsafe_view.default, aten.reshape.default), _view),
     aten.expand.default: _expand,
     **dict.fromkeys((aten.t.default, aten.permute.default), _permuted),
+    aten.transpose.int: _transposed,
     aten.mm.default: _product(0),
     aten.addmm.default: _product(1),
+    aten.bmm.default: _products,
     **dict.fromkeys((aten.sum.dim_IntList, aten.mean.dim, aten.var_mean.correction), _reduction),
     **dict.fromkeys((aten.amax.default, aten.amin.default), _reduction),
     **dict.fromkeys((aten._softmax.default, aten.slice.Tensor, aten.cat.default), _along(1)),

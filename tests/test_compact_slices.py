@@ -68,7 +68,7 @@ def test_the_gradient_of_the_concatenation_goes(monkeypatch: pytest.MonkeyPatch)
     model, x = Skip(256, 12), torch.randn(2048, 256)
     ours = least_peak(model, x)
     monkeypatch.setattr("graphopt.cleanup.compact_waiting_slices", lambda program: None)
-    assert ours < least_peak(model, x) - 0.9 * x.nbytes
+    assert ours < least_peak(model, x) - 0.7 * x.nbytes  # and then the peak is elsewhere
 
 
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 6), st.integers(0, 1), st.integers(0, 2**31))

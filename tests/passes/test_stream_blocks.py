@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from programs import arguments, run_joint, run_split, traced
@@ -193,6 +194,64 @@ def test_a_dropout_behind_a_block_stays_out_of_it() -> None:
     assert len(planned(program, parts=4).blocks) == 2
     values = arguments(program, model, given_)
     assert_close(run_joint(applied(program, parts=4), values, seed=3), run_joint(program, values, seed=3))
+
+
+# --- attentions whose scores are in memory -------------------------------------------------------
+
+
+class Attention(nn.Module):
+    """Texts (batch, length, width) through an attention as written by hand, and a residual."""
+
+    def __init__(self, width: int, heads: int, mask: str = "none", drop: float = 0.0) -> None:
+        super().__init__()
+        self.heads, self.mask, self.drop = heads, mask, drop
+        self.inside, self.outside = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, width = x.shape
+        parts = self.inside(x).view(batch, length, 3, self.heads, -1).unbind(2)
+        q, k, v = (part.transpose(1, 2) for part in parts)
+        scores = q @ k.transpose(2, 3) / (width // self.heads) ** 0.5
+        if self.mask != "none":
+            shape = {"causal": (1, 1, length, length), "text": (batch, 1, 1, length)}[self.mask]
+            scores = scores + torch.linspace(0, -3, torch.Size(shape).numel()).view(shape)
+        weights = F.dropout(scores.softmax(-1), self.drop, self.drop > 0)
+        y = (weights @ v).transpose(1, 2).reshape(batch, length, width)
+        return (x + self.outside(y)).square().mean()  # type: ignore[no-any-return]
+
+
+@settings(max_examples=12)
+@given(st.integers(1, 3), st.integers(12, 20), st.integers(1, 4), st.integers(2, 9), st.booleans())
+def test_an_attention_in_parts_is_eagers(
+    batch: int, length: int, heads: int, parts: int, causal: bool
+) -> None:
+    torch._dynamo.reset()
+    model = Attention(4 * heads, heads, "causal" if causal else "none").double()
+    x = torch.randn(batch, length, 4 * heads, dtype=torch.float64, requires_grad=True)
+    program = graphopt.trace(model, {"x": x})
+    want = [torch.zeros(()), *torch.autograd.grad(model(x), (*model.parameters(), x))]
+    want[0] = model(x).detach()
+    plan = planned(program, parts=parts)
+    assert len([b for b in plan.blocks if b.startswith("bmm")]) == (batch * heads > 1)
+    result = applied(program, parts=parts)
+    labels = [i.label for i in program.inputs if i.role is not Role.TANGENT]
+    known = dict(zip([*(n for n, _ in model.named_parameters()), "x"], want[1:], strict=True))
+    values = arguments(program, model, {"x": x})
+    assert_close(run_split(result, values), [want[0], *(known[label] for label in labels)])
+
+
+def test_the_scores_of_all_heads_are_never_in_memory() -> None:
+    model, x = Attention(16, 4), torch.randn(2, 64, 16, requires_grad=True)
+    program = graphopt.trace(model, {"x": x})
+    assert most_elements(program) == 2 * 4 * 64 * 64
+    assert most_elements(applied(program, parts=8)) == max(64 * 64, 2 * 64 * 3 * 16)
+
+
+@pytest.mark.parametrize(("mask", "drop", "reason"), [("text", 0.0, "repeats"), ("none", 0.5, "random")])
+def test_an_attention_that_cannot_be_cut_is_named(mask: str, drop: float, reason: str) -> None:
+    program = graphopt.trace(Attention(8, 2, mask, drop), {"x": torch.randn(2, 16, 8)})
+    plan = planned(program, parts=2)
+    assert not plan.blocks and any(reason in remark for remark in plan.remarks)
 
 
 # --- the choice ----------------------------------------------------------------------------------
