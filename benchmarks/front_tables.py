@@ -66,8 +66,8 @@ def verdict_peaks(data: dict[str, Any]) -> str:
     head = ["model", "against", "their best", "theirs MB", "ours MB", "ratio", "activations ratio"]
     text = table([*head, "bar", "met"], rows)
     return (
-        "(a) Least peak minus gradients: memory='min', recomputing alone or with streamed blocks, against "
-        f"the best of each kind.\n\n{text}"
+        "(a) Least peak minus gradients: memory='min', recomputing alone or with streamed blocks, "
+        f"against the best of each kind.\n\n{text}"
     )
 
 
