@@ -20,8 +20,9 @@ from graphopt import Checkpoint, PlanError, zoo
 from graphopt.cleanup import cleaned
 from graphopt.cost_models.costs import Costs
 from graphopt.cost_models.devices import get_device
-from graphopt.passes.checkpoint_choice import choose, step_of
+from graphopt.passes.checkpoint_choice import step_of
 from graphopt.passes.ilp_bound import gap, recompute_lower_bound
+from graphopt.passes.nested_choice import choose_best
 from graphopt.program import Program
 from graphopt.tangents import unlikely_tangents, without_gradients
 from graphopt.tracing import trace
@@ -60,7 +61,7 @@ def cell(name: str, program: Program, costs: Costs, memory: float | str, limit: 
     searched = time.perf_counter() - begin
     flow = costs.dataflow(program)
     budget = plan.budget_bytes or plan.peak_bytes
-    choice = choose(flow, memory == "min", plan.budget_bytes)
+    choice = choose_best(flow, memory == "min", plan.budget_bytes)
     assert abs(step_of(flow, choice).recompute_seconds - plan.recompute_seconds) < 1e-12
     begin = time.perf_counter()
     bound = recompute_lower_bound(flow, choice.order, budget, limit)

@@ -23,6 +23,7 @@ from graphopt.passes.checkpoint_choice import (
     step_of,
 )
 from graphopt.passes.nested_chain import NestedChain
+from graphopt.passes.relaxation import relaxed
 from graphopt.passes.rotor import Schedules, least_budget
 
 TRIES = 8  # schedules that are simulated for one budget
@@ -119,6 +120,10 @@ def choose_best(
         return fitting(flow, nested.least, budget_bytes)
     if budget_bytes is None and not least:
         return labels
+    limit = step_of(flow, labels).peak_bytes
+    if budget_bytes is not None and not search.leave_room:
+        limit = budget_bytes - flow.static_bytes
+    labels = relaxed(flow, labels, limit)
     step = step_of(flow, labels)
     labels = replace(labels, seconds=step.recompute_seconds, peak_bytes=step.peak_bytes)
     if not least and labels.seconds <= sum(flow.operators[i].seconds for i in flow.forward):
@@ -128,9 +133,6 @@ def choose_best(
         return labels
     if least:
         return _lower(flow, nested, labels)
-    limit = labels.peak_bytes
-    if budget_bytes is not None and not search.leave_room:
-        limit = budget_bytes - flow.static_bytes
     found = nested.within(limit)
     return found if found is not None and found.seconds < labels.seconds else labels
 
