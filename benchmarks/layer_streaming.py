@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from graphopt import StreamLayers
 from graphopt.measurement import measure
 from graphopt.passes.blocks import find_stack
-from graphopt.passes.layer_channels import Throttle
 from graphopt.passes.layer_file import LayerFile, record_of, write_layers
 from graphopt.passes.layer_plan import StreamLayersPlan
 from graphopt.passes.layer_streaming import own_weights, without_weights
+from graphopt.passes.transfer_thread import Throttle
 
 BLOCKS, WIDTH, TOKENS, STEPS = 16, 768, 256, 3
 RATIOS = (0.5, 1.0, 2.0)  # loading to computing

@@ -62,7 +62,7 @@ def pack_window(
     if indices.device.type != "cpu":
         return places_by_torch(indices, kernel, stride, padding, dilation, width)
     places = torch.empty(indices.shape, dtype=torch.uint8)
-    window = (kernel[1], *stride, *padding, *dilation, width)
+    window = _window(kernel, stride, padding, dilation, width)
     compiled(_to_places)(_planes(indices).numpy(), _planes(places).numpy(), window)
     return places
 
@@ -83,7 +83,7 @@ def unpack_window(
     if packed.device.type != "cpu":
         return indices_by_torch(packed, kernel, stride, padding, dilation, width)
     indices = torch.empty(packed.shape, dtype=torch.int64)
-    window = (kernel[1], *stride, *padding, *dilation, width)
+    window = _window(kernel, stride, padding, dilation, width)
     compiled(_to_indices)(_planes(packed).numpy(), _planes(indices).numpy(), window)
     return indices
 
@@ -95,6 +95,11 @@ def indices_by_torch(
     rows, columns = _starts(packed, stride, padding)
     row = rows + packed.long() // kernel[1] * dilation[0]
     return row * width + columns + packed.long() % kernel[1] * dilation[1]
+
+
+def _window(kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, width: int) -> tuple[int, ...]:
+    """What the compiled functions take of the pooling."""
+    return (kernel[1], *stride, *padding, *dilation, width)
 
 
 def _weights(like: Tensor) -> Tensor:

@@ -4,22 +4,19 @@ A channel has one order: what is asked for first is done first. So a slot can be
 into it, which nobody wants any more, still runs.
 """
 
+import functools
 import queue
 import threading
-import time
 from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from graphopt.cost_models.link_costs import Line, fitted
+from graphopt.cost_models.link_costs import Line
 from graphopt.errors import GraphoptError
 from graphopt.passes.layer_file import LayerFile, Record
-
-_CHUNK = 4 * 2**20  # bytes read at once; between them a load can be given up
-_BURST_S = 0.005  # of a throttled reader: what it may catch up after it slept too long
-_PROBES = 5
+from graphopt.passes.transfer_thread import Request, Throttle, line_of, serve
 
 
 class Load(Protocol):
@@ -50,21 +47,12 @@ class Channel(Protocol):
 # --- from a file --------------------------------------------------------------------------------
 
 
-class _Read:
-    """One read, asked for by one thread and done by another."""
+class _Read(Request):
+    """Record `index`, into `memory`."""
 
-    def __init__(self, index: int, into: Tensor) -> None:
-        self.index, self.into = index, into
-        self.is_wanted, self.is_done = True, threading.Event()
-        self.error: BaseException | None = None
-
-    def wait(self) -> None:
-        self.is_done.wait()
-        if self.error is not None:
-            raise GraphoptError(f"layer {self.index} could not be read: {self.error}") from self.error
-
-    def give_up(self) -> None:
-        self.is_wanted = False
+    def __init__(self, index: int, memory: Tensor) -> None:
+        super().__init__(memory, f"layer {index} could not be read")
+        self.index = index
 
 
 class FileChannel:
@@ -79,8 +67,9 @@ class FileChannel:
         self._reads: queue.SimpleQueue[_Read | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._throttle = Throttle(bytes_per_s)
-        arguments = (file, self._reads, self._lock, self._throttle)
-        self._thread = threading.Thread(target=_serve, args=arguments, daemon=True, name="layer-reader")
+        carry_out = functools.partial(_read, file, self._lock, self._throttle, set())
+        arguments = (self._reads, carry_out)  # neither the channel nor the model: both can go
+        self._thread = threading.Thread(target=serve, args=arguments, daemon=True, name="layer-reader")
         self._thread.start()
 
     def load(self, index: int, slot: Tensor) -> _Read:
@@ -106,82 +95,31 @@ class FileChannel:
         self.file.close()
 
 
-def _serve(
-    file: LayerFile,
-    reads: "queue.SimpleQueue[_Read | None]",
-    lock: threading.Lock,
-    throttle: "Throttle",
+def _read(
+    file: LayerFile, lock: threading.Lock, throttle: Throttle, checked: set[int], read: _Read
 ) -> None:
-    """The thread: holds neither the channel nor the model, so that both can go."""
-    checked: set[int] = set()
-    while (read := reads.get()) is not None:
-        try:
-            with lock:
-                is_whole = _read(file, read, throttle)
-            if not is_whole:
-                read.error = GraphoptError("it was given up")
-            elif read.index not in checked:
-                file.check(read.index, read.into)
-                checked.add(read.index)
-        except BaseException as error:
-            read.error = error
-        read.is_done.set()
-        del read  # or its slot would stay until the next one
-
-
-def _read(file: LayerFile, read: _Read, throttle: "Throttle") -> bool:
-    """Whether the whole record was read, or it was given up."""
-    view = read.into.numpy().data
-    chunk = throttle.chunk
-    for begin in range(0, len(view), chunk):
-        if not read.is_wanted or throttle.is_stopped:
-            return False
-        part = view[begin : begin + chunk]
-        throttle.take(len(part))
-        file.read(read.index, begin, part)
-    return True
-
-
-class Throttle:
-    """A token bucket: bytes are allowed at `bytes_per_s`; None: at once."""
-
-    def __init__(self, bytes_per_s: float | None) -> None:
-        self._rate, self._ready = bytes_per_s, 0.0
-        self._stopped = threading.Event()
-        self.chunk = _CHUNK if bytes_per_s is None else int(min(_CHUNK, max(4096, bytes_per_s / 500)))
-
-    def take(self, nbytes: int) -> None:
-        """Wait until `nbytes` more have passed."""
-        if self._rate is None:
-            return
-        self._ready = max(self._ready, time.perf_counter() - _BURST_S) + nbytes / self._rate
-        if (rest := self._ready - time.perf_counter()) > 0:
-            self._stopped.wait(rest)
-
-    def stop(self) -> None:
-        """Nobody waits any more."""
-        self._stopped.set()
-
-    @property
-    def is_stopped(self) -> bool:
-        """Whether `stop` was called."""
-        return self._stopped.is_set()
+    """Read a record, and compare it with its hash where it is not among those `checked`."""
+    into = read.memory
+    assert into is not None
+    view, chunk = into.numpy().data, throttle.chunk
+    with lock:
+        for begin in range(0, len(view), chunk):
+            if not read.is_wanted or throttle.is_stopped:
+                raise GraphoptError("it was given up")
+            part = view[begin : begin + chunk]
+            throttle.take(len(part))
+            file.read(read.index, begin, part)
+    if read.index not in checked:
+        file.check(read.index, into)
+        checked.add(read.index)
 
 
 def measured_read(file: LayerFile) -> Line:
     """The time of reads of the first record of `file`, from the file's device where that can be."""
     size = file.records[0].nbytes
-    into = torch.empty(size, dtype=torch.uint8)
-    samples = []
-    for nbytes in sorted({min(4096, size), size // 2, size}):
-        view, seconds = into.numpy().data[:nbytes], []
-        for _ in range(_PROBES):
-            file.forget()
-            begin = time.perf_counter()
-            file.read(0, 0, view)
-            seconds.append(time.perf_counter() - begin)
-        samples.append((nbytes, sorted(seconds)[_PROBES // 2]))
-    return fitted(samples)
+    view = torch.empty(size, dtype=torch.uint8).numpy().data
+    sizes = sorted({min(4096, size), size // 2, size})
+    return line_of(lambda nbytes: file.read(0, 0, view[:nbytes]), sizes, file.forget)
 
 
 # --- from pinned memory -------------------------------------------------------------------------
@@ -231,14 +169,10 @@ def measured_copy(nbytes: int, device: torch.device) -> Line:
     """The time of copies of up to `nbytes` from pinned memory to a CUDA device."""
     source = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
     target = torch.empty(nbytes, dtype=torch.uint8, device=device)
-    samples = []
-    for size in sorted({min(4096, nbytes), nbytes // 2, nbytes}):
-        seconds = []
-        for _ in range(_PROBES + 1):
-            torch.cuda.synchronize(device)
-            begin = time.perf_counter()
-            target[:size].copy_(source[:size], non_blocking=True)
-            torch.cuda.synchronize(device)
-            seconds.append(time.perf_counter() - begin)
-        samples.append((size, sorted(seconds)[_PROBES // 2]))
-    return fitted(samples)
+
+    def copy(size: int) -> None:
+        target[:size].copy_(source[:size], non_blocking=True)
+        torch.cuda.synchronize(device)
+
+    copy(nbytes)
+    return line_of(copy, sorted({min(4096, nbytes), nbytes // 2, nbytes}))

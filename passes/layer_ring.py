@@ -15,7 +15,17 @@ from graphopt.passes.layer_file import Part
 NAME = "stream-layers"
 
 
-class LayerRing:
+class Single:
+    """What is there once: it cannot be copied or pickled."""
+
+    def __deepcopy__(self, memo: object) -> NoReturn:
+        refuse("copied")
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        refuse("pickled")
+
+
+class LayerRing(Single):
     """`slots` places, each for the weights of one block; loads begin at once, from record 0 on.
 
     One block is in use at a time, `take` to `give_back`, by one thread. Where another block is asked for
@@ -91,12 +101,6 @@ class LayerRing:
             _, slot, load = self._coming.popleft()
             load.give_up()
             self._free.append(slot)
-
-    def __deepcopy__(self, memo: object) -> NoReturn:
-        refuse("copied")
-
-    def __reduce_ex__(self, protocol: object) -> NoReturn:
-        refuse("pickled")
 
 
 def refuse(what: str) -> NoReturn:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from graphopt.errors import GraphoptError, PlanError
 from graphopt.passes.blocks import Stack
-from graphopt.passes.layer_ring import NAME, LayerRing, refuse
+from graphopt.passes.layer_ring import NAME, LayerRing, Single, refuse
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,9 +99,9 @@ def restore(model: Any, path: str) -> None:
             weights = [nn.Parameter(stored[names[0]], requires_grad=False) for names in own.names]
             _put(own.places(block), weights)
         del block._streamed
-        block.__class__ = type(block).__mro__[2]
+        block.__class__ = type(block).__bases__[1]
     del model._layer_ring
-    model.__class__ = type(model).__mro__[2]
+    model.__class__ = type(model).__bases__[1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,7 +159,14 @@ def refuse_training(what: str) -> NoReturn:
     )
 
 
-class StreamedModel:
+class _Fixed(Single):
+    """A module that stays where it is."""
+
+    def _apply(self, *_: Any, **__: Any) -> NoReturn:
+        refuse("moved or given another dtype")
+
+
+class StreamedModel(_Fixed):
     """What a model that streams its layers has beside its own class.
 
     Its `parameters()` of streamed layers are on the meta device while they do not run; `state_dict()` is
@@ -190,17 +197,8 @@ class StreamedModel:
         """Refused."""
         refuse("given other weights")
 
-    def _apply(self, *_: Any, **__: Any) -> NoReturn:
-        refuse("moved or given another dtype")
-
     def _valid_auto_compile_criteria(self, *_: Any) -> bool:
         return False  # transformers would compile all of it as one graph
-
-    def __deepcopy__(self, memo: object) -> NoReturn:
-        refuse("copied")
-
-    def __reduce_ex__(self, protocol: object) -> NoReturn:
-        refuse("pickled")
 
 
 @functools.cache
@@ -209,7 +207,7 @@ def _model_class(kind: Any) -> Any:
     return type(kind.__name__, (StreamedModel, kind), members)
 
 
-class _StreamedBlock:
+class _StreamedBlock(_Fixed):
     """What a block has beside its own class: where its weights come from, None for one that stays."""
 
     _streamed: _Streamed | None
@@ -223,17 +221,8 @@ class _StreamedBlock:
                 found |= {f"{prefix}{name}": stored[names[0]] for name in names}
         return found
 
-    def _apply(self, *_: Any, **__: Any) -> NoReturn:
-        refuse("moved or given another dtype")
-
     def _load_from_state_dict(self, *_: Any, **__: Any) -> NoReturn:
         refuse("given other weights")
-
-    def __deepcopy__(self, memo: object) -> NoReturn:
-        refuse("copied")
-
-    def __reduce_ex__(self, protocol: object) -> NoReturn:
-        refuse("pickled")
 
 
 @functools.cache

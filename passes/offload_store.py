@@ -10,10 +10,8 @@ import contextlib
 import queue
 import tempfile
 import threading
-import time
 import weakref
-from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from itertools import count
 from typing import Any
 
@@ -21,33 +19,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from graphopt.cost_models.link_costs import Line, fitted
+from graphopt.cost_models.link_costs import Line
 from graphopt.errors import GraphoptError
-from graphopt.passes.layer_channels import Throttle
 from graphopt.passes.layer_file import PAGE
+from graphopt.passes.transfer_thread import Request, Throttle, line_of, serve
 
 _PROBE_BYTES = (2**16, 2**20, 2**23)
-_PROBES = 5
 
 
-class Request:
-    """One write or read of a value's bytes, asked for by one thread and done by another.
-
-    It holds the value's memory until it is done or given up.
-    """
+class _Transfer(Request):
+    """A write or read of a value's bytes, at `offset` of the file."""
 
     def __init__(self, is_write: bool, offset: int, value: Tensor) -> None:
+        what = "written" if is_write else "read back"
+        super().__init__(bytes_of(value), f"an offloaded value could not be {what}")
         self.is_write, self.offset = is_write, offset
-        self.memory: Tensor | None = bytes_of(value)
-        self.is_wanted, self.is_done = True, threading.Event()
-        self.error: BaseException | None = None
-
-    def wait(self) -> None:
-        """Until it is done; raises what went wrong."""
-        self.is_done.wait()
-        if self.error is not None:
-            what = "written" if self.is_write else "read back"
-            raise GraphoptError(f"an offloaded value could not be {what}: {self.error}") from self.error
 
 
 class Place:
@@ -61,8 +47,8 @@ class Place:
         self.channel, self.offset = channel, offset
         self.number = np.array([next(_NUMBERS)], dtype=np.int64)
         self.nbytes = value.untyped_storage().nbytes()
-        self.written = channel.ask(Request(True, offset, value))
-        self.reads: dict[int, Request] = {}
+        self.written = channel.ask(_Transfer(True, offset, value))
+        self.reads: dict[int, _Transfer] = {}
         finalizer = weakref.finalize(self, _give_back, channel.freed, offset, self.written)
         finalizer.atexit = False
         _PLACES[int(self.number[0])] = self
@@ -78,7 +64,7 @@ class Place:
     def fetch(self, into: Tensor) -> None:
         """Start to read the value into the memory of `into`."""
         self.written.wait()
-        self.reads[into.data_ptr()] = self.channel.ask(Request(False, self.offset, into))
+        self.reads[into.data_ptr()] = self.channel.ask(_Transfer(False, self.offset, into))
 
     def wait(self, into: Tensor) -> None:
         """Until the value that was asked for is there."""
@@ -102,8 +88,8 @@ def place_of(handle: Tensor) -> Place:
     return place
 
 
-def _give_back(freed: "queue.SimpleQueue[int]", offset: int, write: Request) -> None:
-    write.is_wanted = False
+def _give_back(freed: "queue.SimpleQueue[int]", offset: int, write: _Transfer) -> None:
+    write.give_up()
     freed.put(offset)  # a lock taken here could be one that this very thread holds
 
 
@@ -112,7 +98,7 @@ class OffloadChannel:
 
     def __init__(self, folder: str | None, bytes_per_s: float | None) -> None:
         self.freed: queue.SimpleQueue[int] = queue.SimpleQueue()
-        self._requests: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
+        self._requests: queue.SimpleQueue[_Transfer | None] = queue.SimpleQueue()
         self._taken: dict[int, int] = {}  # bytes by offset
         self._lock = threading.Lock()
         file = _unnamed(folder)
@@ -129,7 +115,7 @@ class OffloadChannel:
             self._taken[offset] = nbytes
         return Place(self, offset, value)
 
-    def ask(self, request: Request) -> Request:
+    def ask(self, request: _Transfer) -> _Transfer:
         """Put `request` behind those that wait."""
         self._requests.put(request)
         return request
@@ -184,20 +170,13 @@ def _unnamed(folder: str | None) -> Any:
         raise GraphoptError(f"values cannot be offloaded to {folder}: {error}") from error
 
 
-def _serve(file: Any, requests: "queue.SimpleQueue[Request | None]", throttle: Throttle) -> None:
+def _serve(file: Any, requests: "queue.SimpleQueue[_Transfer | None]", throttle: Throttle) -> None:
     """The thread: holds no place and no channel, so that they can go."""
     with file:
-        while (request := requests.get()) is not None:
-            try:
-                _carry_out(file, request, throttle)
-            except BaseException as error:
-                request.error = error
-            request.memory = None  # its memory may go as soon as somebody has waited
-            request.is_done.set()
-            del request  # or a value that is gone would be held until the next request
+        serve(requests, partial(_carry_out, file, throttle))
 
 
-def _carry_out(file: Any, request: Request, throttle: Throttle) -> None:
+def _carry_out(file: Any, throttle: Throttle, request: _Transfer) -> None:
     assert request.memory is not None
     view = request.memory.numpy().data
     begin = 0
@@ -218,19 +197,7 @@ def _carry_out(file: Any, request: Request, throttle: Throttle) -> None:
 def measured_lines(folder: str | None) -> tuple[Line, Line]:
     """What writes and reads of a file in `folder` take, the system's cache included; measured once."""
     with _unnamed(folder) as file:
-        data = np.ones(_PROBE_BYTES[-1], dtype=np.uint8)
-        lines = []
-        for do in (file.write, file.readinto):
-            file.seek(0)  # and on from there: every write is to a new part of the file
-            samples = [(n, _median_seconds(do, data[:n].data)) for n in _PROBE_BYTES]
-            lines.append(fitted(samples))
-    return lines[0], lines[1]
-
-
-def _median_seconds(do: Callable[[Any], int], view: Any) -> float:
-    seconds = []
-    for _ in range(_PROBES):
-        begin = time.perf_counter()
-        do(view)
-        seconds.append(time.perf_counter() - begin)
-    return sorted(seconds)[_PROBES // 2]
+        data = np.ones(_PROBE_BYTES[-1], dtype=np.uint8).data
+        write = line_of(lambda nbytes: file.write(data[:nbytes]), _PROBE_BYTES)  # each to a new part
+        file.seek(0)
+        return write, line_of(lambda nbytes: file.readinto(data[:nbytes]), _PROBE_BYTES)

@@ -430,7 +430,7 @@ GOLDEN = Path(__file__).parent.parent / "golden" / "offload_saved.txt"
 
 def test_the_golden_text(request: pytest.FixtureRequest) -> None:
     program, costs = program_and_costs(Stack(2, dropout=0.0), torch.randn(64, 64))
-    pass_ = OffloadSaved(memory=0.8, bytes_per_s=1e9)
+    pass_ = OffloadSaved(memory=0.8, bytes_per_s=1e9, recompute=False)
     plan = pass_.plan(program, costs)
     assert OffloadPlan.from_json(plan.to_json()) == plan
     data = json.loads(plan.to_json())
