@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from graphopt.ranks import outside_tracing, size_of
 
 LARGEST_BYTES = 2**26  # put in; larger transfers follow the line through the smaller ones
 _SIZES = 5
-_REPEATS = 5
+_REPEATS = 9
 _SIDE = 256  # of the matrices that are multiplied beside a transfer
 
 
@@ -23,21 +23,29 @@ def measured_links(
 ) -> LinkCosts:
     """What collectives of the kinds and sizes `wanted` (bytes that a rank puts in) take on `group`.
 
-    Every rank of the group has to call it with the same arguments. The time of a collective is the
-    least of a few; that of two sizes at least is measured for each kind. PlanError where a rank
-    stopped, or where the group cannot do what is asked.
+    Every rank of the group has to call it with the same arguments. Times are medians of a few runs in
+    turn: the least one is of a link that had been idle, whose token bucket or buffers were empty. Two
+    sizes at least are measured for each kind. PlanError where a rank stopped, or where the group cannot
+    do what is asked.
     """
-    samples: dict[str, Samples] = {}
     try:
         with outside_tracing():
-            for kind, sizes in wanted.items():
-                starts = ((n, _starter(kind, n, group, device)) for n in _sizes(sizes))
-                samples[kind] = tuple((n, _seconds(start, device)) for n, start in starts)
+            samples = _samples(group, wanted, device)
             contention = _contention(group, samples, device) if samples else 0.0
     except RuntimeError as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise PlanError(f"the links of group {group} could not be measured: {reason}") from error
     return LinkCosts(cluster, samples, contention)
+
+
+def _samples(group: str, wanted: Mapping[str, Iterable[int]], device: torch.device) -> dict[str, Samples]:
+    """Bytes and seconds of each kind of collective, by size."""
+    chosen = [(kind, n) for kind, sizes in wanted.items() for n in _sizes(sizes)]
+    runs = [_transfer(_starter(kind, n, group, device), device) for kind, n in chosen]
+    found: dict[str, Samples] = {}
+    for (kind, nbytes), seconds in zip(chosen, _in_turn(runs), strict=True):
+        found[kind] = (*found.get(kind, ()), (nbytes, seconds))
+    return found
 
 
 def _sizes(wanted: Iterable[int]) -> list[int]:
@@ -63,12 +71,12 @@ def _starter(kind: str, nbytes: int, group: str, device: torch.device) -> Callab
     }[kind]
 
 
-def _seconds(
-    start: Callable[[], Any], device: torch.device, work: Callable[[], Any] | None = None
-) -> float:
-    """Seconds from the start of a collective to its end, `work` beside it; the least of a few."""
-    found = []
-    for _ in range(_REPEATS + 1):  # the first may set up connections
+def _transfer(
+    start: Callable[[], Any], device: torch.device, work: Callable[[], None] | None = None
+) -> Callable[[], float]:
+    """A call that gives the seconds from the start of a collective to its end, `work` beside it."""
+
+    def run() -> float:
         torch.ops._c10d_functional.wait_tensor(start())  # the ranks begin together
         _synchronize(device)
         begin = time.perf_counter()
@@ -77,8 +85,15 @@ def _seconds(
             work()
         torch.ops._c10d_functional.wait_tensor(begun)
         _synchronize(device)
-        found.append(time.perf_counter() - begin)
-    return min(found[1:])
+        return time.perf_counter() - begin
+
+    return run
+
+
+def _in_turn(runs: Sequence[Callable[[], float]]) -> list[float]:
+    """The median of what each of `runs` gives, one after the other in each round."""
+    rounds = [[run() for run in runs] for _ in range(_REPEATS + 1)]  # the first sets up connections
+    return [statistics.median(column) for column in zip(*rounds[1:], strict=True)]
 
 
 def _contention(group: str, samples: Mapping[str, Samples], device: torch.device) -> float:
@@ -92,19 +107,14 @@ def _contention(group: str, samples: Mapping[str, Samples], device: torch.device
             square @ square
         _synchronize(device)
 
-    multiply()
-    times = max(1, round(sent_s / _timed(multiply)))
-    start = _starter(kind, nbytes, group, device)
-    return contention_of(_timed(multiply), _seconds(start, device), _seconds(start, device, multiply))
-
-
-def _timed(work: Callable[[], None]) -> float:
-    found = []
-    for _ in range(_REPEATS):
+    def alone() -> float:
         begin = time.perf_counter()
-        work()
-        found.append(time.perf_counter() - begin)
-    return statistics.median(found)
+        multiply()
+        return time.perf_counter() - begin
+
+    times = max(1, round(sent_s / _in_turn([alone])[0]))
+    start = _starter(kind, nbytes, group, device)
+    return contention_of(*_in_turn([alone, _transfer(start, device), _transfer(start, device, multiply)]))
 
 
 def _synchronize(device: torch.device) -> None:

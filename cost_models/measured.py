@@ -36,6 +36,9 @@ aten = torch.ops.aten
 _SLOW_S = 0.2  # an op that takes longer is not repeated further
 _BURST = {"cpu": 1, "cuda": 10}  # runs between two synchronisations
 _SHORT_S = 2e-3  # an op is repeated until its runs took this long
+_OWN_SHARE = 0.9  # of a run, the least that its thread has to be on the processor for the time to count
+_PATIENCE = 4  # an op that other processes disturb is repeated so many times as often
+_DISTURBED = "other processes disturbed every run of it"
 _MARK = "graphopt.probe "
 _LARGE_BYTES = 2**28  # operators with more than that are run only if their scratch is not known
 # On a CPU these have no scratch but for blocks of some hundred kilobytes, if they read rows (or columns).
@@ -54,8 +57,9 @@ _BY_ROWS = (
 class Probe:
     """What one run of a node showed.
 
-    `seconds` is the least time, None where the node could not be run (`remark` says why);
-    `workspace_bytes` is what was allocated besides the `retained_bytes`, which remain: the outputs.
+    `seconds` is the least time, that of a first run where no time was asked for, None where the node
+    could not be run (`remark` says why); `workspace_bytes` is what was allocated besides the
+    `retained_bytes`, which remain: the outputs.
     """
 
     seconds: float | None
@@ -76,16 +80,18 @@ def probe(
     Views, collectives, higher-order ops, custom ops, and ops whose output sizes depend on their
     values are left out; so are large ones whose scratch is known, where time is not asked for
     (`repeats` is 0): planning is not to take more memory than the plan. The random number generators
-    are as before afterwards. Results are kept in the folder `cache` per device and version of torch;
-    None keeps nothing. With `channels_last` convolutions run on images of that layout.
+    are as before afterwards. Results are kept in the folder `cache` per device and version of torch,
+    those that were timed apart from the others, but for times that other processes disturbed; None
+    keeps nothing. With `channels_last` convolutions run on images of that layout.
     """
     found = (call_of(node, channels_last) for node in nodes if repeats or not _is_large_and_known(node))
     calls = {call.key: call for call in found if call is not None}
     probes: dict[str, Probe] = {}
     for device in dict.fromkeys(call.device for call in calls.values()):
         here = {key: call for key, call in calls.items() if call.device == device}
-        path = None if cache is None else cache_file(cache, "probes", _device_key(device))
-        kept = {} if path is None else _read(path)
+        timed = None if cache is None else cache_file(cache, "timings", _device_key(device))
+        path = timed if repeats or cache is None else cache_file(cache, "probes", _device_key(device))
+        kept = {} if path is None or timed is None else {**_read(path), **_read(timed)}
         missing = {key: call for key, call in here.items() if key not in kept}
         fresh = _measure(missing, device, repeats) if missing else {}
         probes |= {key: kept[key] if key in kept else fresh[key] for key in here}
@@ -131,12 +137,12 @@ def _measure(calls: Mapping[str, Call], device: torch.device, repeats: int) -> d
         timed = [key for key, item in probes.items() if item.seconds is not None]
         peaks = _profile([calls[key] for key in timed], device)
         for key, memory in zip(timed, peaks, strict=True):
-            seconds = probes[key].seconds
+            seconds, remark = probes[key].seconds, probes[key].remark
             if memory is None:
                 probes[key] = Probe(seconds, remark="the profiler recorded nothing")
             else:
                 peak, retained = memory
-                probes[key] = Probe(seconds, peak - max(retained, 0), max(retained, 0))
+                probes[key] = Probe(seconds, peak - max(retained, 0), max(retained, 0), remark)
     return probes
 
 
@@ -159,21 +165,27 @@ def _time(call: Call, device: torch.device, repeats: int) -> tuple[float | None,
         return None, f"its inputs of {size_bytes} bytes are too large to be made up here"
     try:
         args, kwargs = pytree.tree_map(make, (call.args, call.kwargs))
-        runs = [_seconds(call, args, kwargs, device, 1)]  # may load or compile what it needs
-        count = _BURST[device.type] if repeats else 1
-        while len(runs) <= repeats or sum(runs) < _SHORT_S:
-            runs.append(_seconds(call, args, kwargs, device, count))
-            if runs[-1] > _SLOW_S:
+        first, _ = _run(call, args, kwargs, device, 1)  # may load or compile what it needs
+        if not repeats:
+            return first, ""
+        runs, alone = [first], [False]
+        while len(runs) <= repeats or sum(runs) < _SHORT_S or not any(alone):
+            seconds, own = _run(call, args, kwargs, device, _BURST[device.type])
+            runs.append(seconds)
+            alone.append(own)
+            if seconds > _SLOW_S or (len(runs) > _PATIENCE * repeats and sum(runs) > _SHORT_S):
                 break
     except Exception as error:  # whatever a kernel raises on made-up values
         return None, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    return min(runs), ""
+    own_runs = [seconds for seconds, own in zip(runs, alone, strict=True) if own]
+    return min(own_runs or runs), "" if own_runs else _DISTURBED
 
 
-def _seconds(call: Call, args: Any, kwargs: Any, device: torch.device, count: int) -> float:
-    """Seconds per run of `count` runs; one output is alive at a time."""
+def _run(call: Call, args: Any, kwargs: Any, device: torch.device, count: int) -> tuple[float, bool]:
+    """Seconds per run of `count` runs, one output alive at a time, and whether nothing else ran here."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    busy = time.thread_time()
     start = time.perf_counter()
     for _ in range(count):
         result = call.op(*args, **kwargs)
@@ -181,7 +193,9 @@ def _seconds(call: Call, args: Any, kwargs: Any, device: torch.device, count: in
             del result
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return (time.perf_counter() - start) / count
+    took = time.perf_counter() - start
+    own = device.type == "cuda" or time.thread_time() - busy >= _OWN_SHARE * took
+    return took / count, own
 
 
 def _profile(calls: list[Call], device: torch.device) -> list[tuple[int, int] | None]:

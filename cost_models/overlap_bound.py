@@ -5,8 +5,13 @@ cannot begin before its head (the longest chain that leads to it) and, when it h
 longest chain that follows) is still to come. The best that one machine can do with heads, times and
 tails, where tasks may be interrupted, is found by always running the released task of longest tail
 (Jackson's preemptive schedule; Carlier, "The one-machine sequencing problem", European Journal of
-Operational Research 11, 1982). Contention, memory and the launch of transfers are left out, so that the
-bound holds with and without them.
+Operational Research 11, 1982). Memory and the launch of transfers are left out, so that the bound holds
+with and without them.
+
+Contention k slows down what runs side by side, for X seconds, say, to 1 / (1 + k). An order of T seconds
+is then one of T - k X / (1 + k) without contention, which is at least the bound L of that. And where one
+of the two stands still the other runs, so that C seconds of computing and N of transfers need
+C + N - X (1 - k) / (1 + k) at least. Together: T is at least (1 - k) L + k (C + N), whatever X.
 """
 
 import heapq
@@ -27,10 +32,11 @@ class Bound:
     by: str
 
 
-def heads(graph: TaskGraph) -> np.ndarray:
-    """For each task, the seconds of the longest chain of tasks that it waits for."""
+def heads(graph: TaskGraph, weights: np.ndarray | None = None) -> np.ndarray:
+    """For each task, the seconds (or `weights`) of the longest chain of tasks that it waits for."""
     a = graph.arrays
-    found: np.ndarray = compiled(_heads, on_disk=True)(a.seconds, a.after_at, a.after)
+    weights = a.seconds if weights is None else weights
+    found: np.ndarray = compiled(_heads, on_disk=True)(weights, a.after_at, a.after)
     return found
 
 
@@ -43,20 +49,40 @@ def tails(graph: TaskGraph, weights: np.ndarray | None = None) -> np.ndarray:
 
 
 def bound(graph: TaskGraph) -> Bound:
-    """The larger of the two bounds, in O(n log n).
+    """The larger of the two bounds, contention considered, in O(n log n).
 
     >>> from graphopt.cost_models.task_graph import Task
     >>> work = (Task("a", "compute", 1.0), Task("b", "compute", 1.0))
-    >>> bound(TaskGraph((*work, Task("send a", "link", 2.0, (0,)), Task("send b", "link", 2.0, (1,)))))
+    >>> tasks = (*work, Task("send a", "link", 2.0, (0,)), Task("send b", "link", 2.0, (1,)))
+    >>> bound(TaskGraph(tasks))
     Bound(seconds=5.0, by='link')
+    >>> bound(TaskGraph(tasks, contention={"link": 0.5})).seconds
+    5.5
     """
-    head, tail, a = heads(graph), tails(graph), graph.arrays
-    path = float((head + a.seconds + tail).max(initial=0.0))
+    best = _without_contention(graph, graph.arrays.seconds)
+    for number, k in enumerate(graph.arrays.contention):
+        if not (number and k):
+            continue
+        a = graph.arrays
+        seconds = np.where(
+            (a.channel == 0) | (a.channel == number), a.seconds, 0.0
+        )  # the others take none
+        alone, share = _without_contention(graph, seconds), min(1.0, float(k))
+        slowed = (1 - share) * alone.seconds + share * float(seconds.sum())
+        if slowed > best.seconds * (1 + 1e-12):
+            best = Bound(slowed, alone.by)
+    return best
+
+
+def _without_contention(graph: TaskGraph, seconds: np.ndarray) -> Bound:
+    """The bound where the tasks take `seconds` and leave each other alone."""
+    a, head, tail = graph.arrays, heads(graph, seconds), tails(graph, seconds)
+    path = float((head + seconds + tail).max(initial=0.0))
     best = Bound(path, "critical path")
     for number, name in enumerate(graph.channels):
         mine = np.flatnonzero(a.channel == number)
         mine = mine[np.argsort(head[mine], kind="stable")]
-        found = compiled(_one_machine, on_disk=True)(head[mine], a.seconds[mine], tail[mine])
+        found = compiled(_one_machine, on_disk=True)(head[mine], seconds[mine], tail[mine])
         if found > best.seconds * (1 + 1e-12):
             best = Bound(float(found), name)
     return best

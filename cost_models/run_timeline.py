@@ -1,5 +1,7 @@
-"""Runs of task graphs as pictures: a Chrome trace, and lines of text."""
+"""Runs of task graphs as pictures: a Chrome trace, an SVG, and lines of text."""
 
+import hashlib
+import io
 import json
 from collections.abc import Mapping, Sequence
 
@@ -9,6 +11,7 @@ from graphopt.cost_models.task_graph import COMPUTE
 _MICRO = 1e6  # a trace counts in microseconds
 _GLYPHS = " ░▒▓█"
 _GAP_S = 1e-12
+_COLOURS = ("bright_blue", "yellow", "green", "magenta", "cyan")  # computing first
 
 Span = tuple[str, str, float, float]  # name, channel, when it begins and ends in seconds
 
@@ -83,13 +86,46 @@ def text_timeline(run: Run, width: int = 70) -> str:
     label = max(map(len, run.graph.channels))
     lines = []
     for channel in run.graph.channels:
-        busy = [0.0] * width
-        for index, task in enumerate(run.graph.tasks):
-            if task.channel == channel:
-                _add(busy, run.begin[index] / total * width, run.end[index] / total * width)
-        cells = "".join(_GLYPHS[min(4, int(share * 4 + 0.5))] for share in busy)
-        lines.append(f"{channel:<{label}} │{cells}│ {100 * sum(busy) / width:.0f} % busy")
+        cells, busy = _cells(spans_of(run), channel, total, width)
+        lines.append(f"{channel:<{label}} │{cells}│ {100 * busy:.0f} % busy")
     return "\n".join(lines)
+
+
+def svg_timelines(timelines: Mapping[str, Sequence[Span]], title: str = "", width: int = 100) -> str:
+    """An SVG: below the name of each timeline a line for each channel, on one scale of time.
+
+    A cell is the fuller, the longer its channel is busy in that stretch of the time. Drawn by rich.
+
+    >>> svg_timelines({"plan": [("a", "compute", 0.0, 2.0)]}).splitlines()[0][:4]
+    '<svg'
+    """
+    from rich.console import Console
+    from rich.text import Text
+
+    spans = [span for found in timelines.values() for span in found]
+    total = max((end for _, _, _, end in spans), default=0.0)
+    channels = tuple(dict.fromkeys((COMPUTE, *(channel for _, channel, _, _ in spans))))
+    label = max(map(len, channels))
+    console = Console(record=True, file=io.StringIO(), width=label + width + 14, color_system="truecolor")
+    for name, found in timelines.items():
+        seconds = max((end for _, _, _, end in found), default=0.0)
+        console.print(Text(f"{name}: {seconds * 1e3:.3f} ms", "bold"))
+        for place, channel in enumerate(channels):
+            cells, busy = _cells(found, channel, total, width)
+            line = Text(f"{channel:<{label}} │").append(cells, _COLOURS[place % len(_COLOURS)])
+            share = 100 * busy * total / seconds if seconds else 0.0
+            console.print(line.append(f"│ {share:.0f} % busy"), overflow="crop", no_wrap=True)
+    identity = hashlib.sha256(repr((title, list(timelines.items()))).encode()).hexdigest()[:12]
+    return console.export_svg(title=title, unique_id=f"timeline-{identity}")
+
+
+def _cells(spans: Sequence[Span], channel: str, total: float, width: int) -> tuple[str, float]:
+    """How busy `channel` is in each of `width` stretches of `total` seconds, and its share of it all."""
+    busy = [0.0] * width
+    for _, where, begin, end in spans:
+        if where == channel and total:
+            _add(busy, begin / total * width, end / total * width)
+    return "".join(_GLYPHS[min(4, int(share * 4 + 0.5))] for share in busy), sum(busy) / width
 
 
 def _add(busy: list[float], begin: float, end: float) -> None:

@@ -83,6 +83,11 @@ class TaskGraph:
         """The tasks that run beside the compute channel."""
         return tuple(i for i, t in enumerate(self.tasks) if t.channel != COMPUTE)
 
+    @property
+    def end_bytes(self) -> int:
+        """What is alive after the last task, in any order."""
+        return self.base_bytes + sum(self.nbytes[buffer] for buffer in set(self.kept))
+
     @cached_property
     def arrays(self) -> "TaskArrays":
         """The graph for compiled functions."""

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from graphopt.passes.stream_loss import StreamLoss
     from graphopt.program import Program
     from graphopt.report import Report
+    from graphopt.sharded_parameters import shard_parameters
     from graphopt.speculative import SpeculativeDecoder
     from graphopt.tracing import trace
 
@@ -65,6 +66,7 @@ __all__ = [
     "measure",
     "optimize",
     "read_links",
+    "shard_parameters",
     "share_weights",
     "trace",
 ]
@@ -105,6 +107,7 @@ _LAZY = {
     "measure": "graphopt.measurement",
     "optimize": "graphopt.api",
     "read_links": "graphopt.cost_models.link_file",
+    "shard_parameters": "graphopt.sharded_parameters",
     "share_weights": "graphopt.passes.layer_sharing",
     "trace": "graphopt.tracing",
 }

@@ -22,6 +22,7 @@ from graphopt.passes.module_pass import ModulePass
 from graphopt.passes.split_vocab import SplitVocab
 from graphopt.report import Report
 from graphopt.runtime import Backend, Log, Settings
+from graphopt.sharded_parameters import refuse_fully_sharded
 from graphopt.tracing import reason_of
 
 if TYPE_CHECKING:
@@ -96,6 +97,8 @@ def optimize(
 def _check(model: Any, verify: str) -> None:
     if not isinstance(model, nn.Module) and not callable(model):
         raise TraceError(f"optimize takes a module or a function, not {type(model).__name__}")
+    if isinstance(model, nn.Module):
+        refuse_fully_sharded(model)
     if verify not in VERIFY:
         raise GraphoptError(f"verify={verify!r} is none of {', '.join(VERIFY)}")
 

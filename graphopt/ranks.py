@@ -51,6 +51,11 @@ def size_of(group: str) -> int:
     return int(_resolved(group).size())
 
 
+def rank_of(group: str) -> int:
+    """The place of this process among the ranks."""
+    return int(_resolved(group).rank())
+
+
 def check_same(groups: Sequence[str], rows: Sequence[str], what: str) -> None:
     """PlanError on every rank of each group where `rows` (lines of text) are not the same on all."""
     digest = hashlib.sha256("\n".join(rows).encode()).hexdigest()

@@ -3,7 +3,9 @@
 The program becomes a task graph of channels (`graphopt.cost_models.program_tasks`); a portfolio of list
 schedules and a search look for the fastest order within the memory (`graphopt.passes.overlap_search`).
 Where that pays, operators run on parts of the batch (`graphopt.passes.batch_split`), so that the transfer
-of one part is beside the computing of another. All ranks plan with the costs of the slowest.
+of one part is beside the computing of another. Parameters that are gathered from shards are kept for the
+backward or gathered again there (`graphopt.passes.gather_choice`). All ranks plan with the costs of the
+slowest.
 """
 
 import math
@@ -16,12 +18,11 @@ from torch import fx
 
 from graphopt import ops
 from graphopt.cost_models.costs import Costs
-from graphopt.cost_models.devices import Cluster, Device, format_bytes
+from graphopt.cost_models.devices import Cluster, Device
 from graphopt.cost_models.link_costs import HOST_LINK, LinkCosts, Timing, collective_of, put_in_bytes
 from graphopt.cost_models.link_probe import measured_links
-from graphopt.cost_models.overlap_run import Run, run_order
+from graphopt.cost_models.overlap_run import run_order
 from graphopt.cost_models.program_tasks import NodeSeconds, channel_of, task_graphs
-from graphopt.cost_models.run_timeline import Span, chrome_trace, joined, spans_of
 from graphopt.cost_models.task_graph import COMPUTE, TaskGraph
 from graphopt.cost_models.values import output_tensors
 from graphopt.errors import PlanError
@@ -30,90 +31,21 @@ from graphopt.passes.batch_choice import CannotSplit, agreed_cut
 from graphopt.passes.batch_rules import Batch
 from graphopt.passes.batch_split import cut
 from graphopt.passes.budget import Budget, check_budget, resolve_budget
-from graphopt.passes.exposure import exposures
+from graphopt.passes.capacity_choice import agreed_chunks, best_degree
+from graphopt.passes.capacity_split import CannotChunk, CapacityChunks
+from graphopt.passes.gather_choice import by_worth, fastest, most_kept
+from graphopt.passes.gathered_parameters import gather_rows, gathered_again, gathers_of
 from graphopt.passes.overlap_order import reordered
-from graphopt.passes.overlap_search import GAP, Schedule, schedule
-from graphopt.plan import Plan
+from graphopt.passes.overlap_plan import OverlapPlan, in_ms, plan_of, spans_of_step
+from graphopt.passes.overlap_search import GAP, schedule
+from graphopt.passes.sequence_parallel import CannotShard, TokenShares
+from graphopt.passes.share_choice import agreed_shares
 from graphopt.program import Program
 from graphopt.ranks import check_same, groups_of, is_real, largest, size_of
 
 # Of a link that nobody measured: 100 Gbit/s of InfiniBand, 4 us a hop (torch/_inductor/comm_analysis.py).
 _UNKNOWN_LINK = (12.5e9, 4e-6, "torch/_inductor/comm_analysis.py")
-_TOP = 12  # transfers that the table shows
 _SPLIT_GAIN = 0.02  # of the time: for less the batch stays whole
-Row = tuple[str, str, int, float, str, float, float, str]
-
-
-@dataclass(frozen=True)
-class OverlapPlan(Plan):
-    """The operators in order, the forward before the backward, and what the cost model says of it.
-
-    A row of `transfers` has: name of the operator that starts it; what it does; bytes that a rank puts
-    in; seconds; their source ("measured", "fitted", "roofline"); seconds that computing waits for it in
-    the captured order, and in this one; the reason for the latter. No order takes less than
-    `bound_seconds` (without contention). Peaks are of the step, operators that overwrite their operands
-    not considered; `memory_bytes` bounds that of this order.
-
-    With `parts` > 1 the operators named by `cut` run on so many parts of the `batch` of samples, and
-    `order` and `transfers` are those of the program that this makes. `remark` says why it is cut or not.
-    A span of either timeline has a name, a channel, and when it begins and ends in seconds; operators
-    that compute without a wait between them are one.
-    """
-
-    order: tuple[str, ...]
-    transfers: tuple[Row, ...]
-    seconds_before: float
-    seconds: float
-    bound_seconds: float
-    peak_bytes_before: int
-    peak_bytes: int
-    memory_bytes: int | None
-    contention: float
-    found_by: tuple[str, ...]
-    batch: int = 1
-    parts: int = 1
-    cut: tuple[str, ...] = ()
-    remark: str = ""
-    spans_before: tuple[Span, ...] = ()
-    spans: tuple[Span, ...] = ()
-
-    @property
-    def gap(self) -> float:
-        """The predicted time as a multiple of the bound."""
-        return self.seconds / self.bound_seconds if self.bound_seconds else 1.0
-
-    def __str__(self) -> str:
-        if not self.transfers:
-            return "no transfers: the order stays"
-        exposed = [sum(row[i] for row in self.transfers) for i in (5, 6)]  # type: ignore[misc]
-        split = f" of {self.parts} parts of the batch" if self.parts > 1 else ""
-        return (
-            f"{len(self.transfers)} transfers{split}, exposed {_ms(exposed[1])} instead of "
-            f"{_ms(exposed[0])}; step {_ms(self.seconds)} instead of {_ms(self.seconds_before)}, "
-            f"{self.gap:.2f} x the bound; peak {format_bytes(self.peak_bytes)} instead of "
-            f"{format_bytes(self.peak_bytes_before)}"
-        )
-
-    def chrome_trace(self) -> str:
-        """JSON for `chrome://tracing`: the step as captured, and as planned."""
-        return chrome_trace({"as captured": self.spans_before, "as planned": self.spans})
-
-    def table(self) -> str:
-        """The transfers that computing waits for, the longest first, as text."""
-        rows = sorted(self.transfers, key=lambda row: (-row[6], -row[5]))
-        lines = [("transfer", "what", "bytes", "takes", "exposed", "before", "reason")]
-        for name, kind, nbytes, seconds, source, before, after, reason in rows[:_TOP]:
-            takes = f"{_ms(seconds)} {source}"
-            lines.append((name, kind, format_bytes(nbytes), takes, _ms(after), _ms(before), reason))
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        padded = ("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in lines)
-        more = [f"and {len(rows) - _TOP} more"] if len(rows) > _TOP else []
-        more += [self.remark] if self.remark else []
-        return "\n".join([*(line.rstrip() for line in padded), *more]) if rows else ""
-
-
-def _ms(seconds: float) -> str:
-    return f"{seconds * 1e3:.3f} ms"
 
 
 @dataclass(frozen=True)
@@ -132,6 +64,15 @@ class OverlapComm(Pass):
     gradients of weights, run on the whole of it. With `exact` so does what this machine rounds otherwise
     on a part, so that results are the same bits where two ranks add; among more of them the order in
     which a collective adds may depend on how much it adds.
+
+    Parameters in shards (`graphopt.shard_parameters`, for one) are gathered as early as pays. Where
+    `memory` has no room to keep all that the backward reads from the forward on, some are gathered again.
+
+    In inference an all-reduce may become a reduce-scatter and an all-gather, with the residual additions
+    and norms between them on a rank's share of the tokens: with `sequence_parallel` None where the cost
+    model promises a gain, with True always, with False never. Experts behind an all-to-all of [experts,
+    capacity, ...] may work on `capacity_split` chunks of their capacity; None takes as many as the cost
+    model finds best, where it promises a gain. With a `split`, either is done only if it is asked for.
     """
 
     name: ClassVar[str] = "overlap-comm"
@@ -142,6 +83,8 @@ class OverlapComm(Pass):
     gap: float = GAP
     split: int | None = None
     exact: bool = True
+    sequence_parallel: bool | None = None
+    capacity_split: int | None = None
 
     def __post_init__(self) -> None:
         check_budget(self.memory)
@@ -151,18 +94,67 @@ class OverlapComm(Pass):
             raise PlanError(f"gap={self.gap!r} is not a multiple of the bound of at least 1")
         if self.split is not None and (not isinstance(self.split, int) or self.split < 1):
             raise PlanError(f"split={self.split!r} is no number of parts of at least 1")
+        if self.sequence_parallel and (self.split or 1) > 1:
+            raise PlanError("sequence_parallel=True leaves the batch whole: it takes no split")
+        if self.capacity_split is not None and self.capacity_split < 1:
+            raise PlanError(
+                f"capacity_split={self.capacity_split!r} is no number of chunks of at least 1"
+            )
+        if (self.capacity_split or 1) > 1 and (self.sequence_parallel or (self.split or 1) > 1):
+            raise PlanError("capacity_split leaves the batch and the norms whole: give one of the three")
 
     def plan(self, program: Program, costs: Costs) -> OverlapPlan:
         """The order of the operators; PlanError on all ranks where they do not plan the same."""
         if costs.fused:
             raise PlanError('Inductor orders operators itself: overlap-comm needs compiler="eager"')
         groups, nodes = groups_of(program), list(program.operators())
-        options = repr((self.memory, self.seed, self.gap, self.split, self.exact))
-        check_same(groups, [options, *map(_line, nodes)], "the graphs")
-        links = self._links(nodes, groups, costs.device)
-        plan = self._ordered(program, costs, links)
-        if self.split == 1 or not plan.transfers:
-            return plan
+        options = (self.memory, self.seed, self.gap, self.split, self.exact, self.links is None)
+        more = self.sequence_parallel, self.capacity_split
+        check_same(groups, [repr((*options, *more)), *map(_line, nodes)], "the graphs")
+        links = self._links(program, groups, costs.device)
+        tasks = _tasks(program, costs, links)
+        before = [run_order(g, range(len(g.tasks))) for g in tasks.graphs]
+        peak = max(run.peak_bytes for run in before)
+        limit = self._limit(peak, costs.device, groups)
+        plan = self._gathered(program, costs, links, tasks, limit)
+        if self.split != 1 and plan.transfers:
+            plan = self._in_parts(gathered_again(program, plan.again), costs, links, plan)
+        if plan.transfers and self._may_share(program):
+            plan = self._by_tokens(program, costs, links, plan, limit)
+        if self._may_chunk(plan):
+            plan = self._in_chunks(program, costs, links, plan, limit)
+        return replace(
+            plan,
+            seconds_before=sum(run.seconds for run in before),
+            peak_bytes_before=peak,
+            spans_before=spans_of_step(before),
+            gathered_bytes_before=gather_rows(program, [n.name for n in nodes])[1],
+        )
+
+    def _gathered(
+        self, program: Program, costs: Costs, links: dict[str, LinkCosts], tasks: "_Tasks", limit: int
+    ) -> OverlapPlan:
+        """The plan on the whole batch, with the parameters that are best gathered twice."""
+
+        def plan_with(again: tuple[str, ...]) -> OverlapPlan:
+            if not again:
+                return self._ordered(program, tasks, limit)
+            changed = gathered_again(program, again)
+            known = _tasks(changed, costs.with_nodes(changed.graph.nodes), links)
+            return replace(self._ordered(changed, known, limit), again=again)
+
+        saved = [gather for gather in gathers_of(program) if gather.is_saved]
+        saved = by_worth(saved, {name: timing.seconds for name, timing in tasks.timings.items()})
+        names = [gather.start.name for gather in saved]
+        over = tasks.graphs[0].end_bytes - limit if saved else 0
+        most = most_kept([gather.saved_bytes for gather in saved], over)
+        bounded = self.memory is not None
+        return fastest(names, most, plan_with, lambda plan: not bounded or plan.gap <= self.gap)
+
+    def _in_parts(
+        self, program: Program, costs: Costs, links: dict[str, LinkCosts], plan: OverlapPlan
+    ) -> OverlapPlan:
+        """The plan on parts of the batch where that pays or is asked for; or `plan`, with the reason."""
         try:
             split = self._split(program, costs, links, plan)
         except CannotSplit as reason:
@@ -178,50 +170,100 @@ class OverlapComm(Pass):
     ) -> OverlapPlan:
         """The plan on parts of the batch; raises CannotSplit, as all ranks do."""
         found = agreed_cut(program, self.split or 2, groups_of(program), exact=self.exact)
-        new = costs.with_nodes(found.program.graph.nodes)
+        tasks = _tasks(found.program, costs.with_nodes(found.program.graph.nodes), links)
         try:
-            plan = self._ordered(found.program, new, links, plain.memory_bytes)
+            plan = self._ordered(found.program, tasks, plain.memory_bytes or 0)
         except PlanError as error:
             if error.reachable_bytes is None:
                 raise
             raise CannotSplit(f"in parts, {error}") from error
-        remark = f"predicted are {_ms(plan.seconds)} in {found.batch.parts} parts of {found.batch.size}"
-        remark += f" samples, {_ms(plain.seconds)} otherwise"
+        remark = f"predicted are {in_ms(plan.seconds)} in {found.batch.parts} parts of {found.batch.size}"
+        remark += f" samples, {in_ms(plain.seconds)} otherwise"
         if found.rounding:
             remark += f"; {len(found.rounding)} operators stay whole, as they round otherwise on a part"
         return replace(
             plan,
-            seconds_before=plain.seconds_before,
-            peak_bytes_before=plain.peak_bytes_before,
-            spans_before=plain.spans_before,
             batch=found.batch.size,
             parts=found.batch.parts,
             cut=found.names,
             remark=remark,
+            again=plain.again,
         )
 
-    def _ordered(
-        self,
-        program: Program,
-        costs: Costs,
-        links: dict[str, LinkCosts],
-        memory_bytes: int | None = None,
+    def _may_share(self, program: Program) -> bool:
+        """True where norms on shares of the tokens are to be tried."""
+        if self.sequence_parallel and program.is_joint:
+            raise PlanError("sequence_parallel=True: the program has a backward")
+        if self.sequence_parallel is None:
+            return self.split is None and not program.is_joint
+        return self.sequence_parallel
+
+    def _may_chunk(self, plan: OverlapPlan) -> bool:
+        """True where experts on chunks of their capacity are to be tried."""
+        free = self.split is None and not self.sequence_parallel
+        wanted = self.capacity_split > 1 if self.capacity_split is not None else free
+        return wanted and "all_to_all" in {row[1] for row in plan.transfers}
+
+    def _by_tokens(
+        self, program: Program, costs: Costs, links: dict[str, LinkCosts], plan: OverlapPlan, limit: int
     ) -> OverlapPlan:
-        """The plan for `program` as it is, within `memory_bytes` or what the pass may take."""
-        groups, nodes = groups_of(program), list(program.operators())
-        check_same(groups, [*map(_line, nodes)], "the graphs")
-        timings, seconds = _agreed(nodes, groups, costs, links)
-        graphs = [_agreed_bytes(g, costs, groups) for g in task_graphs(program, seconds)]
-        before = [run_order(g, range(len(g.tasks))) for g in graphs]
-        peak = max(run.peak_bytes for run in before)
-        limit = memory_bytes or self._limit(peak, costs.device, groups)
-        found = [schedule(g, memory_bytes=limit, seed=self.seed, gap=self.gap) for g in graphs]
-        plan = _plan(before, found, limit, timings, {n.name: n for n in nodes})
-        check_same(groups, plan.order, "the planned orders")
+        """The plan with norms on shares of the tokens where that pays or is asked for; or `plan`."""
+        try:
+            found = agreed_shares(program, groups_of(program), exact=self.exact)
+        except CannotShard as reason:
+            if self.sequence_parallel:
+                raise PlanError(f"sequence_parallel=True: {reason}") from reason
+            return plan
+        tasks = _tasks(found.program, costs.with_nodes(found.program.graph.nodes), links)
+        shared = self._ordered(found.program, tasks, limit)
+        said = f"with norms on shares of the tokens predicted are {in_ms(shared.seconds)}"
+        if self.sequence_parallel or shared.seconds <= (1 - _SPLIT_GAIN) * plan.seconds:
+            return replace(shared, shared=found.names, remark=f"{said}, {in_ms(plan.seconds)} otherwise")
+        return plan if plan.parts > 1 else replace(plan, remark=_with(plan.remark, said))
+
+    def _in_chunks(
+        self, program: Program, costs: Costs, links: dict[str, LinkCosts], plan: OverlapPlan, limit: int
+    ) -> OverlapPlan:
+        """The plan with experts on chunks of their capacity where that pays or is asked; or `plan`."""
+        groups = groups_of(program)
+
+        def in_chunks(chunks: int) -> _Tasks:
+            found = agreed_chunks(program, chunks, groups, exact=self.exact).program
+            return _tasks(found, costs.with_nodes(found.graph.nodes), links)
+
+        try:
+            chunks = self.capacity_split
+            if chunks is None:
+                whole, halves = _tasks(program, costs, links), in_chunks(2)
+                chunks = best_degree(program, whole.seconds, halves.seconds)
+            if chunks == 1:
+                return plan
+            found = agreed_chunks(program, chunks, groups, exact=self.exact).program
+        except CannotChunk as reason:
+            if self.capacity_split is not None:
+                raise PlanError(f"capacity_split={self.capacity_split}: {reason}") from reason
+            return plan
+        cut = self._ordered(found, _tasks(found, costs.with_nodes(found.graph.nodes), links), limit)
+        said = f"in {chunks} chunks of the experts' capacity predicted are {in_ms(cut.seconds)}"
+        if self.capacity_split or cut.seconds <= (1 - _SPLIT_GAIN) * plan.seconds:
+            return replace(cut, chunks=chunks, remark=f"{said}, {in_ms(plan.seconds)} otherwise")
+        return plan if plan.parts > 1 else replace(plan, remark=_with(plan.remark, said))
+
+    def _ordered(self, program: Program, tasks: "_Tasks", limit: int) -> OverlapPlan:
+        """The plan for `program` as it is, within `limit` bytes."""
+        before = [run_order(g, range(len(g.tasks))) for g in tasks.graphs]
+        found = [schedule(g, memory_bytes=limit, seed=self.seed, gap=self.gap) for g in tasks.graphs]
+        plan = plan_of(before, found, limit, tasks.timings, program)
+        check_same(groups_of(program), plan.order, "the planned orders")
         return plan
 
     def apply(self, program: Program, plan: OverlapPlan) -> Program:
-        """The program on the parts of the batch, with its operators in the order of `plan`."""
+        """The program as `plan` changes it, with its operators in the order of `plan`."""
+        program = gathered_again(program, plan.again)
+        if plan.shared:
+            program = TokenShares(program, plan.shared).program
+        if plan.chunks > 1:
+            program = CapacityChunks(program, plan.chunks).program
         if plan.parts > 1:
             program = cut(program, Batch(plan.batch, plan.parts), plan.cut).program
         return reordered(program, plan.order)
@@ -231,11 +273,9 @@ class OverlapComm(Pass):
         own = resolve_budget(self.memory, peak) or max(peak, device.memory_bytes)
         return -int(largest(groups, [-own], "the memory")[0])
 
-    def _links(
-        self, nodes: Sequence[fx.Node], groups: Sequence[str], device: Device
-    ) -> dict[str, LinkCosts]:
+    def _links(self, program: Program, groups: Sequence[str], device: Device) -> dict[str, LinkCosts]:
         """The costs of each group: given, measured (of parts, too), or of a link that nobody knows."""
-        starts = [n for n in nodes if collective_of(n) is not None]
+        starts = [n for n in program.operators() if collective_of(n) is not None]
         sizes = largest(groups, [put_in_bytes(n) for n in starts], "the sizes of collectives")
         found = {}
         for group in groups:
@@ -246,6 +286,9 @@ class OverlapComm(Pass):
                 if transfer is not None and transfer.group == group:
                     parts = {1, self.split or 2}
                     wanted.setdefault(transfer.kind, []).extend(int(nbytes) // n for n in parts)
+                    if transfer.kind == "all_reduce" and self._may_share(program):
+                        wanted.setdefault("reduce_scatter", []).append(int(nbytes))
+                        wanted.setdefault("all_gather", []).append(int(nbytes) // size_of(group))
             if self.links is not None:
                 found[group] = self.links
             elif is_real(group):
@@ -253,6 +296,31 @@ class OverlapComm(Pass):
             else:
                 found[group] = LinkCosts(cluster)
         return found
+
+
+def _with(remark: str, more: str) -> str:
+    return f"{remark}; {more}" if remark else more
+
+
+@dataclass(frozen=True)
+class _Tasks:
+    """The task graphs of forward and backward, the same on all ranks, and what their transfers take."""
+
+    graphs: tuple[TaskGraph, ...]
+    timings: dict[str, Timing]
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """What each task takes, by name."""
+        return {task.name: task.seconds for graph in self.graphs for task in graph.tasks}
+
+
+def _tasks(program: Program, costs: Costs, links: dict[str, LinkCosts]) -> _Tasks:
+    groups, nodes = groups_of(program), list(program.operators())
+    check_same(groups, [*map(_line, nodes)], "the graphs")
+    timings, seconds = _agreed(nodes, groups, costs, links)
+    graphs = (_agreed_bytes(g, costs, groups) for g in task_graphs(program, seconds))
+    return _Tasks(tuple(graphs), timings)
 
 
 def _agreed(
@@ -301,45 +369,3 @@ def _timing(start: fx.Node, links: dict[str, LinkCosts]) -> Timing:
 def _seconds(node: fx.Node, costs: Costs) -> float:
     known = costs.nodes.get(node.name)
     return 0.0 if known is None else known.seconds
-
-
-def _plan(
-    before: Sequence[Run],
-    found: Sequence[Schedule],
-    limit: int,
-    timings: dict[str, Timing],
-    nodes: dict[str, fx.Node],
-) -> OverlapPlan:
-    rows: list[Row] = []
-    for plain, planned in zip(before, found, strict=True):
-        pairs = zip(exposures(plain), exposures(planned.run, limit), strict=True)
-        for first, then in pairs:
-            name = plain.graph.tasks[first.task].name
-            transfer, timing = ops.transfer_of(nodes[name]), timings[name]
-            kind = "" if transfer is None else transfer.kind
-            facts = (name, kind, put_in_bytes(nodes[name]), timing.seconds, timing.source)
-            rows.append((*facts, first.seconds, then.seconds, then.reason))
-    return OverlapPlan(
-        order=tuple(s.run.graph.tasks[i].name for s in found for i in s.order),
-        transfers=tuple(rows),
-        seconds_before=sum(run.seconds for run in before),
-        seconds=sum(s.run.seconds for s in found),
-        bound_seconds=sum(s.bound.seconds for s in found),
-        peak_bytes_before=max(run.peak_bytes for run in before),
-        peak_bytes=max(s.run.peak_bytes for s in found),
-        memory_bytes=limit,
-        contention=max((k for s in found for k in s.run.graph.contention.values()), default=0.0),
-        found_by=tuple(s.found_by for s in found),
-        spans_before=_spans(before),
-        spans=_spans([s.run for s in found]),
-    )
-
-
-def _spans(runs: Sequence[Run]) -> tuple[Span, ...]:
-    """One run after the other."""
-    found: list[Span] = []
-    begin = 0.0
-    for run in runs:
-        found += joined(spans_of(run, begin))
-        begin += run.seconds
-    return tuple(found)

@@ -28,6 +28,12 @@ def test_results_and_gradients_are_the_same_bits(
     assert (item["parts"], item["transfers"]) == (parts, transfers)
 
 
+@pytest.mark.parametrize("case", ["llama", "gpt2"])
+def test_the_order_of_parts_is_near_the_bound(found: Any, case: str) -> None:
+    _, after, bound = found[case]["seconds"]
+    assert bound <= after <= 1.05 * bound
+
+
 def test_inference(found: Any) -> None:
     assert found["inference"] == {"equal": [True], "transfers": 4}
 
@@ -50,3 +56,26 @@ def test_every_rank_refuses(found: Any) -> None:
     first, second = found["uneven"]
     assert "Totals: split=2: other ranks cannot split it in the same way" in first
     assert "Totals: split=2: no transfer depends on the batch" in second
+
+
+@pytest.mark.parametrize("model", ["llama", "gpt2"])
+def test_norms_on_shares_of_the_tokens(found: Any, model: str) -> None:
+    item = found[f"{model} shares"]
+    assert all(item["equal"]) and item["same plan"] and item["shared"] == 2
+    assert item["kinds"].count("reduce_scatter") == 2 and "all_reduce" not in item["kinds"]
+    assert item["kinds"].count("all_gather") >= 2
+    assert item["remark"].startswith("with norms on shares of the tokens predicted are")
+
+
+def test_a_backward_is_refused(found: Any) -> None:
+    first, second = found["training shares"]
+    assert first == second and "sequence_parallel=True: the program has a backward" in first
+
+
+def test_experts_on_chunks_of_their_capacity(found: Any) -> None:
+    *chunked, small, training = found["experts"]
+    assert [row[:2] for row in chunked[:2]] == [[2, 4], [3, 6]]
+    assert chunked[2][0] == 1  # on a link that is so slow to start
+    assert all(equal for _, _, equal, _ in chunked) and all(close for *_, close in chunked)
+    assert small[0] == small[1] and training[0] == training[1]
+    assert "capacity_split=2: the program has a backward" in training[0]

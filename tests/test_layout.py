@@ -22,6 +22,7 @@ MODULE_FLOORS = {
     ),
     "tangents": 0,
     "measurement": 0,
+    "sharded_parameters": 0,
     "__version__": 0,  # a text of graphopt/__init__
     **dict.fromkeys(
         ["absent_logits", "custom_ops", "packed_ops", "stream_ops", "stream_plans", "streamed"], 0

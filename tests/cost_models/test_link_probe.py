@@ -1,12 +1,13 @@
 """Collectives are timed on a real group, here of one rank, whatever their kind and size."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from graphopt.cost_models import link_probe
 from graphopt.cost_models.collectives import KINDS, Collective
 from graphopt.cost_models.devices import GENERIC_CPU, Cluster
 from graphopt.cost_models.link_probe import LARGEST_BYTES, measured_links
@@ -48,6 +49,23 @@ def test_every_kind(group: str) -> None:
 def test_a_few_sizes(group: str, sizes: list[int], tried: list[int]) -> None:
     links = measured_links(group, {"all_reduce": sizes}, CPU, CLUSTER)
     assert [n for n, _ in links.samples["all_reduce"]] == tried
+
+
+def test_medians_of_runs_in_turn() -> None:
+    """The first round sets up connections; one run in a few is faster or slower than the link."""
+    order: list[str] = []
+
+    def runs(name: str, first: float) -> Callable[[], float]:
+        given = iter([first, 3.0, 1.0, 9.0, *[3.0] * 20])
+
+        def run() -> float:
+            order.append(name)
+            return next(given)
+
+        return run
+
+    assert link_probe._in_turn([runs("a", 50.0), runs("b", 0.0)]) == [3.0, 3.0]
+    assert order == ["a", "b"] * 10
 
 
 def test_nothing_wanted(group: str) -> None:

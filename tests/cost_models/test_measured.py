@@ -204,6 +204,34 @@ def test_cache_holds_what_was_probed(traced, tmp_path, monkeypatch) -> None:
     assert calibrate.read_json(file)[next(iter(first))][1] == 4 * 8 * 8
 
 
+def test_a_first_run_is_no_time(traced, tmp_path, monkeypatch) -> None:
+    """What ran once for its scratch is timed where time is asked for; what is timed is not run again."""
+    graph = traced(lambda x: x + 1, torch.randn(8, 8))
+    (key,) = probe(graph.nodes, repeats=0, cache=tmp_path)
+    monkeypatch.setattr(measured, "_run", lambda *_: (7.0, True))
+    assert probe(graph.nodes, cache=tmp_path)[key].seconds == 7.0
+    monkeypatch.setattr(measured, "_measure", lambda *_: pytest.fail("it was timed before"))
+    assert probe(graph.nodes, repeats=0, cache=tmp_path)[key].seconds == 7.0
+
+
+@pytest.mark.parametrize(
+    ("runs", "seconds", "kept"),
+    [
+        ([(9.0, True), (0.1, False), (0.15, True)], 0.15, True),  # the first run does not count
+        ([(0.05, True), (0.03, False), (0.02, False), (0.04, False)], 0.02, False),
+        ([(0.05, True), *[(0.02, False)] * 4, (0.03, True)], 0.03, True),
+    ],
+)
+def test_disturbed_times_are_not_kept(traced, tmp_path, monkeypatch, runs, seconds, kept) -> None:
+    given = iter(runs + [(0.02, False)] * 20)
+    monkeypatch.setattr(measured, "_run", lambda *_: next(given))
+    graph = traced(lambda x: x + 1, torch.randn(8, 8))
+    (found,) = probe(graph.nodes, repeats=2, cache=tmp_path).values()
+    assert found.seconds == seconds and bool(found.remark) is not kept
+    (file,) = tmp_path.iterdir()
+    assert bool(json.loads(file.read_text())) is kept
+
+
 def test_symbolic_graph_is_probed_at_its_hints(traced) -> None:
     graph = traced(lambda x: aten.native_dropout(x, 0.3, True), torch.randn(6, 10), mode="symbolic")
     assert probed(graph, aten.native_dropout.default).workspace_bytes == 4 * 6 * 10

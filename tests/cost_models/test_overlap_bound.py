@@ -22,6 +22,14 @@ def test_no_order_is_faster(graph: TaskGraph) -> None:
     assert bound(graph).seconds <= float(best) + 1e-9
 
 
+@pytest.mark.parametrize(("k", "seconds"), [(0.0, 6.0), (0.5, 7.0), (1.0, 8.0), (3.0, 8.0)])
+def test_contention(k: float, seconds: float) -> None:
+    """2 of 4 s of computing can be beside 2 of 4 s of transfers, which gains nothing where k is 1."""
+    work = (Task("a", "compute", 2.0), Task("b", "compute", 2.0))
+    sent = (Task("send a", "link", 2.0, (0,)), Task("send b", "link", 2.0, (1,)))
+    assert bound(TaskGraph((*work, *sent), contention={"link": k})).seconds == pytest.approx(seconds)
+
+
 @settings(max_examples=60)
 @given(JOBS)
 def test_one_machine(jobs: list[tuple[int, int, int]]) -> None:

@@ -2,13 +2,14 @@
 
 import itertools
 import json
+from xml.etree import ElementTree
 
 import pytest
 from hypothesis import given
 from random_tasks import slow_run, task_graphs
 
 from graphopt.cost_models.overlap_run import run_order
-from graphopt.cost_models.run_timeline import chrome_trace, joined, spans_of, text_timeline
+from graphopt.cost_models.run_timeline import chrome_trace, joined, spans_of, svg_timelines, text_timeline
 from graphopt.cost_models.task_graph import COMPUTE, Task, TaskGraph
 
 
@@ -46,3 +47,18 @@ def test_text() -> None:
     text = text_timeline(run_order(TaskGraph(tasks), (0, 2, 1)), 12)
     assert text.splitlines() == ["compute │    ████████│ 67 % busy", "link    │██████████  │ 83 % busy"]
     assert text_timeline(run_order(TaskGraph(()), ())) == ""
+
+
+def test_svg() -> None:
+    """A well-formed picture whose lines are as full as the channels are busy, and the same each time."""
+    before = (("load", "link <1>", 0.0, 2.0), ("use", COMPUTE, 2.0, 4.0))
+    after = (("load", "link <1>", 0.0, 2.0), ("use", COMPUTE, 0.0, 1.0))
+    picture = svg_timelines({"as captured": before, "as planned": after}, "a & b", 40)
+    assert picture == svg_timelines({"as captured": before, "as planned": after}, "a & b", 40)
+    root = ElementTree.fromstring(picture)
+    texts = [(e.text or "").replace("\xa0", " ") for e in root.iter() if e.tag.endswith("}text")]
+    assert "a & b" in texts and "as captured: 4000.000 ms" in texts and "as planned: 2000.000 ms" in texts
+    assert [t.count("█") for t in texts if "█" in t] == [20, 20, 10, 20]
+    assert sum("link <1>" in t for t in texts) == 2
+    assert [t for t in texts if "busy" in t] == ["│ 50 % busy"] * 3 + ["│ 100 % busy"]
+    assert ElementTree.fromstring(svg_timelines({})).tag.endswith("}svg")

@@ -66,6 +66,44 @@ class Totals(nn.Module):
         return Summed.apply(self.linear(x), self.group).sum() + (rows * weights).sum()
 
 
+class Experts(nn.Module):
+    """Two experts of this rank for the tokens [4 experts, capacity, 8] of all ranks."""
+
+    def __init__(self, group: str) -> None:
+        super().__init__()
+        self.group = group
+        self.first, self.second = (nn.Parameter(torch.randn(2, *s)) for s in ((8, 16), (16, 8)))
+
+    def sent(self, x: Tensor) -> Tensor:
+        """A half of `x` to each rank."""
+        begun = collectives.all_to_all_single(x.contiguous(), [2, 2], [2, 2], self.group)
+        return collectives.wait_tensor(begun)  # type: ignore[no-any-return]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The same shape, each token by its expert."""
+        mine = self.sent(x).view(2, 2, -1, 8).transpose(0, 1)
+        hidden = nn.functional.silu(torch.bmm(mine.reshape(2, -1, 8), self.first))
+        back = torch.bmm(hidden, self.second).view(2, 2, -1, 8).transpose(0, 1)
+        return self.sent(back.reshape(x.shape)) + x
+
+
+def chunked(rank: int, group: str) -> list[Any]:
+    """For numbers of chunks: how many it was, how many transfers, and whether the bits are the same."""
+    torch.manual_seed(rank)
+    model, x, found = Experts(group), torch.randn(4, 24, 8), []
+    for chosen in (2, 3, None):
+        pass_ = OverlapComm(links=PASS.links, capacity_split=chosen, exact=False)
+        optimized = graphopt.optimize(model, passes=[pass_], device="cpu-generic")
+        with torch.no_grad():
+            equal, close = torch.equal(model(x), optimized(x)), torch.allclose(model(x), optimized(x))
+        plan = optimized._graphopt.log.records[0].steps[0].plan
+        found.append([plan.chunks, len(plan.transfers), equal, close])
+    exact = OverlapComm(links=PASS.links, capacity_split=2)
+    found.append(refusal(lambda: graphopt.optimize(model, passes=[exact])(x[:, :1])))
+    found.append(refusal(lambda: graphopt.optimize(model, passes=[exact])(x)))
+    return found
+
+
 def gpt2(group: str) -> nn.Module:
     """A tiny GPT-2, each rank with two of its four heads and half of its MLP."""
     config = GPT2Config(
@@ -124,6 +162,26 @@ def inference(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Any]:
     return {"equal": [torch.equal(plain, ours)], "transfers": len(record.steps[0].plan.transfers)}
 
 
+def shares(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Any]:
+    """Logits and hidden states with norms on shares of the tokens beside those of all ranks alike."""
+    chosen = OverlapComm(links=PASS.links, sequence_parallel=True)
+    optimized = graphopt.optimize(model, passes=[chosen], device="cpu-generic")
+    with torch.no_grad():
+        plain = model(**inputs, output_hidden_states=True)
+        ours = optimized(**inputs, output_hidden_states=True)
+    plan = optimized._graphopt.log.records[0].steps[0].plan
+    pairs = zip((*plain.hidden_states, plain.logits), (*ours.hidden_states, ours.logits), strict=True)
+    every: list[Any] = [None, None]
+    dist.all_gather_object(every, plan.to_json())
+    return {
+        "equal": [torch.equal(a, b) for a, b in pairs],
+        "shared": len(plan.shared),
+        "kinds": [row[1] for row in plan.transfers],
+        "same plan": every[0] == every[1],
+        "remark": plan.remark,
+    }
+
+
 def work(rank: int, folder: str) -> None:
     """One rank."""
     join(rank, folder)
@@ -144,7 +202,12 @@ def work(rank: int, folder: str) -> None:
         "rounding": compared(layer, fourths, rows, short),
         "rounded": compared(layer, replace(fourths, exact=False), rows, short),
         "inference": inference(gpts, {"input_ids": ids}),
+        "llama shares": shares(llamas, {"input_ids": ids[:1]}),
+        "gpt2 shares": shares(gpts, {"input_ids": ids[:4]}),
     }
+    found["experts"] = chunked(rank, group)
+    tokens = OverlapComm(links=PASS.links, sequence_parallel=True)
+    found["training shares"] = refusal(lambda: step(layer, [tokens], rows))
     found["too many"] = refusal(lambda: step(layer, [replace(halves, split=9)], rows))
     own = torch.randn(8 - 2 * rank, 4)
     uneven = {"rows": own, "weights": own + 1, "x": torch.randn(8, 4)}

@@ -17,7 +17,7 @@ from graphopt.cost_models.costs import Costs
 from graphopt.cost_models.devices import GENERIC_CPU, Cluster
 from graphopt.cost_models.link_costs import LinkCosts
 from graphopt.passes.batch_choice import CannotSplit
-from graphopt.passes.overlap_comm import OverlapPlan
+from graphopt.passes.overlap_plan import OverlapPlan
 from graphopt.program import Program
 from graphopt.verify import verify
 

@@ -29,8 +29,8 @@ from graphopt.passes.checkpoint import CheckpointPlan
 from graphopt.passes.checkpoint_choice import check_choice, choose, everything, step_of
 from graphopt.passes.nested_chain import NestedChain
 from graphopt.passes.nested_choice import choose_best, choose_nested
-from graphopt.passes.replay import RECOMPUTE_OF
 from graphopt.passes.relaxation import relaxed
+from graphopt.passes.replay import RECOMPUTE_OF
 from graphopt.passes.rotor import least_budget
 from graphopt.split import saved_nodes
 from graphopt.verify import verify

@@ -25,8 +25,8 @@ from graphopt.cost_models.overlap_run import run_order
 from graphopt.cost_models.program_tasks import NodeSeconds, task_graphs
 from graphopt.cost_models.task_graph import Task, TaskGraph
 from graphopt.passes.exposure import exposures
-from graphopt.passes.overlap_comm import OverlapPlan
 from graphopt.passes.overlap_order import reordered
+from graphopt.passes.overlap_plan import OverlapPlan
 from graphopt.program import Program
 from graphopt.verify import verify
 
@@ -75,6 +75,13 @@ def test_both_transfers_start_before_anyone_waits(program: Program) -> None:
     assert sorted(names[:2]) == ["all_reduce", "all_reduce_1"]
     assert plan.bound_seconds <= plan.seconds < plan.seconds_before
     assert plan == planned(program) and OverlapPlan.from_json(plan.to_json()) == plan
+
+
+def test_the_picture(program: Program) -> None:
+    plan = planned(program)
+    picture = plan.svg().replace("&#160;", " ")
+    assert f"as captured: {plan.seconds_before * 1e3:.3f} ms" in picture
+    assert f"as planned: {plan.seconds * 1e3:.3f} ms" in picture and picture.count("group 0") == 2
 
 
 def test_the_memory_holds(program: Program) -> None:
