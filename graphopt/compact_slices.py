@@ -48,7 +48,11 @@ def _waiting(program: Program) -> Iterator[fx.Node]:
             continue
         mine = _readers(node, storage, storages)
         others = reads[storage] - mine
-        if mine and others and max(map(place.__getitem__, others)) + APART <= min(map(place.get, mine)):
+        if (
+            mine
+            and others
+            and max(map(place.__getitem__, others)) + APART <= min(map(place.__getitem__, mine))
+        ):
             yield node
 
 
