@@ -33,6 +33,7 @@ MODULE_FLOORS = {
     **dict.fromkeys(["__main__", "api", "cli", "inductor", "lower", "models"], 4),
     "inductor_memory": 4,
     "separate_gradients": 0,
+    "kernels": 3,
     **dict.fromkeys(["report", "runtime", "terminal", "zoo"], 4),
     **dict.fromkeys(["analysis", "chart", "comparison", "graph_report", "listings"], 4),
     **dict.fromkeys(["module_report", "numerics", "report_text", "timeline"], 4),

@@ -1,0 +1,372 @@
+"""Generated kernels against the reference in float64: never much worse than eager in their own dtype."""
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from graphopt.codegen import numba_cpu, reference, regions
+from graphopt.codegen.builder import Builder, Expression
+from graphopt.codegen.numba_cpu import NumbaKernel, compile_region
+from graphopt.codegen.numba_forms import Form
+from graphopt.codegen.numba_source import write
+from graphopt.codegen.region import Dtype, Extent, Region
+from graphopt.errors import CodegenError
+
+INFINITY = float("inf")
+
+
+def assert_no_worse(region: Region, inputs: Sequence[Any], found: Sequence[Tensor]) -> None:
+    """Errors of `found` at most twice those of eager, or some units of the last place."""
+    exact = reference.run(region, *inputs, math=torch.float64, rounded=False)
+    eager = reference.run(region, *inputs)
+    for name, f, e, x in zip((o.name for o in region.outputs), found, eager, exact, strict=True):
+        assert (f.shape, f.dtype) == (e.shape, e.dtype), name
+        finite = e.isfinite() & x.isfinite()
+        torch.testing.assert_close(f[~finite], e[~finite], equal_nan=True, msg=name)
+        if not finite.any():
+            continue
+        eps = torch.finfo(e.dtype).eps if e.is_floating_point() else 0.0
+        errors = [(v.double() - x.double())[finite].abs().max() for v in (f, e)]
+        bound = 2 * errors[1] + 4 * eps * x[finite].abs().max()
+        assert errors[0] <= bound, f"{name}: error {errors[0]:.2e}, eager {errors[1]:.2e}"
+
+
+def check(region: Region, *inputs: Any) -> None:
+    assert_no_worse(region, inputs, compile_region(region, None)(*inputs))
+
+
+# --- random regions ----------------------------------------------------------------------------
+
+UNARY = ["neg", "abs", "tanh", "sigmoid", "erf", "exp", "expm1", "sqrt", "log1p"]
+FLOATS: list[Dtype] = ["float32", "float64", "bfloat16", "float16"]
+
+
+class Draw:
+    """A region, built of drawn choices; comparisons are of inputs only, which both sides know exactly."""
+
+    def __init__(self, data: st.DataObject) -> None:
+        self.data = data
+        self.b = Builder(data.draw(st.sampled_from(["float32", "float32", "float64"])))
+        extents = [Extent.FULL, *data.draw(st.lists(st.sampled_from(Extent), max_size=3))]
+        self.inputs = [
+            self.b.input(f"x{n}", data.draw(st.sampled_from(FLOATS)), extent)
+            for n, extent in enumerate(extents)
+        ]
+        self.values = [*self.inputs]
+        for _ in range(data.draw(st.integers(1, 8))):
+            self.values.append(self.step())
+
+    def one_of(self, values: list[Expression]) -> Expression:
+        return self.data.draw(st.sampled_from(values))
+
+    def step(self) -> Expression:
+        b, x, y = self.b, self.one_of(self.values), self.one_of(self.values)
+        kind = self.data.draw(st.sampled_from(["unary", "binary", "where", "reduce", "round", "index"]))
+        if kind == "unary":
+            op = self.data.draw(st.sampled_from(UNARY))
+            return b.apply(op, b.apply("tanh", x) if op in ("exp", "expm1", "log1p") else x)
+        if kind == "binary":
+            op = self.data.draw(st.sampled_from(["add", "sub", "mul", "maximum", "minimum"]))
+            return b.apply(op, x, y)
+        if kind == "where":
+            op = self.data.draw(st.sampled_from(["lt", "ge", "eq"]))
+            return b.apply("where", b.apply(op, self.one_of(self.inputs), 0.25), x, y)
+        if kind == "round":
+            return b.round(x, "bfloat16")
+        if kind == "index":
+            return x + b.apply("to_float", b.apply("lt", b.apply("column_index"), 3))
+        full = x + self.inputs[0]
+        reduction = self.data.draw(st.sampled_from([b.mean, b.max, b.min]))
+        return reduction(full)
+
+    def region(self) -> Region:
+        math = self.b.math
+        outputs = [self.b.output("last", self.values[-1] + self.inputs[0], math)]
+        dtype = self.data.draw(st.sampled_from(FLOATS))
+        outputs.append(self.b.output("other", self.one_of(self.values) * self.inputs[0], dtype))
+        if self.data.draw(st.booleans()):
+            outputs.append(
+                self.b.output("row", self.b.mean(self.one_of(self.values) + self.inputs[0]), math)
+            )
+        return self.b.region(*outputs)
+
+
+def tensor_of(data: st.DataObject, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A tensor of drawn strides, sometimes with a NaN or an infinity in it."""
+    layout = data.draw(st.sampled_from(["plain", "transposed", "sliced", "expanded"]))
+    if layout == "transposed" and len(shape) > 1:
+        x = torch.randn(shape[::-1]).to(dtype).permute(*reversed(range(len(shape))))
+    elif layout == "sliced":
+        x = torch.randn(*shape[:-1], 2 * shape[-1] + 1).to(dtype)[..., 1::2]
+    elif layout == "expanded":
+        x = torch.randn(1, *shape[1:]).to(dtype).expand(shape)
+    else:
+        x = torch.randn(shape).to(dtype)
+    if x.numel() and data.draw(st.integers(0, 3)) == 0:
+        x = x.clone()
+        x[(0,) * len(shape)] = data.draw(st.sampled_from([float("nan"), INFINITY, -INFINITY]))
+    return x
+
+
+@settings(max_examples=10, phases=[Phase.explicit, Phase.generate])  # each compiles a kernel
+@given(st.data())
+def test_random_regions(data: st.DataObject) -> None:
+    region = Draw(data).region()
+    columns = data.draw(st.sampled_from([1, 7, 64, 130]))
+    shape = (*data.draw(st.sampled_from([(5,), (2, 3), (1, 1)])), columns)
+    shapes = {Extent.FULL: shape, Extent.ROW: shape[:-1], Extent.COLUMN: shape[-1:]}
+    inputs = [
+        0.75
+        if value.extent is Extent.SCALAR
+        else tensor_of(data, shapes[value.extent], getattr(torch, value.dtype))
+        for value in region.inputs
+    ]
+    check(region, *inputs)
+
+
+# --- the common regions ------------------------------------------------------------------------
+
+
+def rows_of(dtype: torch.dtype, columns: int) -> Tensor:
+    """Six rows: usual numbers, large ones, and rows of -inf, with a NaN, with +inf, of zeros."""
+    x = torch.randn(6, columns)
+    x[1] *= 1e3
+    if columns:
+        x[2], x[3, columns // 2], x[4, 0], x[5] = -INFINITY, float("nan"), INFINITY, 0.0
+    return x.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_special_values_and_sizes(dtype: Dtype) -> None:
+    kind = getattr(torch, dtype)
+    target = torch.tensor([0, 3, 1, -100, 2, 0])
+    for columns in (0, 1, 300, 5000):
+        x, other, weight = (
+            rows_of(kind, columns),
+            rows_of(kind, columns).flip(0),
+            torch.randn(columns).to(kind),
+        )
+        check(regions.rms_norm(dtype, True), x, other, 1e-6, weight)
+        check(regions.softmax(dtype), x)
+        aims = target.clamp(max=columns - 1)
+        check(regions.cross_entropy(dtype, True), x, aims, -100, 0.25)
+        check(regions.bias_gelu_residual(dtype, "tanh"), x, weight, other)
+
+
+@pytest.mark.parametrize("rows", [(0,), (3, 0)])
+def test_no_rows(rows: tuple[int, ...]) -> None:
+    x = torch.empty(*rows, 8)
+    check(regions.rms_norm("float32", True), x, x, 1e-6, torch.randn(8))
+    check(regions.rms_norm_backward("float32", True), x, x, x[..., 0], torch.randn(8), x)
+
+
+def test_float16_and_float64() -> None:
+    for dtype in (torch.float16, torch.float64):
+        name: Any = str(dtype).removeprefix("torch.")
+        x, y, w = (torch.randn(s).to(dtype) for s in ((4, 33), (4, 33), (33,)))
+        check(regions.layer_norm(name), x, 1e-5, w, w)
+        check(regions.swiglu(name), x, y)
+
+
+def test_backwards() -> None:
+    x, grad, w = torch.randn(2, 5, 40), torch.randn(2, 5, 40), torch.randn(40)
+    mean, scale = x.mean(-1), x.var(-1).rsqrt()
+    check(regions.layer_norm_backward("float32"), grad, x, mean, scale, w)
+    check(regions.rms_norm_backward("float32", True), grad, x, scale, w, grad)
+    check(regions.bias_gelu_residual_backward("float32", "none"), grad, x, w)
+
+
+def test_resident_memory() -> None:
+    fresh = torch.empty(1 << 26, dtype=torch.uint8)  # above 32 MB, glibc maps every block anew
+    assert not numba_cpu.resident(fresh) or sys.platform != "linux"
+    fresh.zero_()
+    assert numba_cpu.resident(fresh) or sys.platform != "linux"
+
+
+def test_integers_and_bools() -> None:
+    b = Builder()
+    x, mask = b.input("x", "float32"), b.input("mask", "bool")
+    row, flag = b.input("row", "int32", Extent.ROW), b.input("flag", "bool", Extent.SCALAR)
+    either = b.apply("logical_or", b.apply("logical_not", mask), flag)
+    kept = b.apply("where", b.apply("logical_and", mask, either), x, b.apply("to_float", row))
+    at = b.apply("where", b.apply("lt", b.apply("column_index"), row), row, 0)
+    region = b.region(
+        b.output("kept", kept, "float32"),
+        b.output("mask_too", either, "bool"),
+        b.output("at", b.apply("where", either, at, at), "int64"),
+        b.output("picked", b.gather(x, row), "float32"),
+        b.output("seen", b.gather(mask, row), "bool"),
+        b.output("row_too", row, "int32"),
+    )
+    inputs = torch.randn(4, 9), torch.rand(4, 9) < 0.5, torch.tensor([0, 8, -1, 9], dtype=torch.int32)
+    for flag_given in (True, False):
+        found = compile_region(region, None)(*inputs, flag_given)
+        torch.testing.assert_close(found, reference.run(region, *inputs, flag_given), rtol=0, atol=0)
+
+
+def test_optimizer_in_place() -> None:
+    start = [torch.randn(3000) for _ in range(4)]
+    start[3].abs_()
+    numbers = (0.01, 0.9, 0.99, 1e-8, 0.1, 0.1, 0.1)
+    region = regions.adamw("float32")
+    p, g, m, v = (x.clone() for x in start)
+    compile_region(region, None)(p, g, m, v, *numbers, out=(p, m, v))
+    assert_no_worse(region, (*start, *numbers), (p, m, v))
+
+
+def test_outputs_that_overlap_what_is_read_later() -> None:
+    x = torch.randn(4, 65)
+    region = regions.softmax("float32")
+    memory = torch.empty(5, 65)
+    for first in (0, 1):  # onto the input itself, and half a row past it
+        memory[:4] = x
+        place = memory.view(-1)[first * 30 : first * 30 + 260].view(4, 65)
+        (found,) = compile_region(region, None)(memory[:4], out=(place,))
+        torch.testing.assert_close(found, x.softmax(-1))
+
+
+def test_sum_over_an_input() -> None:
+    x, residual, w = torch.randn(3, 70), torch.randn(3, 70), torch.randn(70)
+    region, total, out = regions.rms_norm("float32", True), x.clone(), torch.empty(3, 70)
+    compile_region(region, None)(total, residual, 1e-6, w, out=(out, total))
+    assert_no_worse(region, (x, residual, 1e-6, w), (out, total))
+
+
+def test_dropout_draws_the_same_again() -> None:
+    x = torch.ones(64, 1000)
+    region = regions.dropout("float32")
+    (first,), (again,), (other,) = (compile_region(region, None)(x, seed, 0.3) for seed in (7, 7, 8))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    check(region, x, -(2**40) + 5, 0.3)
+    kept = first != 0
+    assert abs(kept.float().mean() - 0.7) < 0.01
+    assert abs((kept & (other != 0)).float().mean() - 0.49) < 0.01  # seeds are independent
+    assert abs((kept[1:] & kept[:-1]).float().mean() - 0.49) < 0.01
+
+
+@pytest.mark.parametrize("first", [0, 3])
+def test_streamed_outputs(first: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(numba_cpu, "STREAM_BYTES", 0)
+    kernel = NumbaKernel(regions.rms_norm("float32", True), None)
+    x, w = torch.randn(5, 2080), torch.randn(2080)
+    out = [torch.zeros(5 * 2080 + 16)[first : first + 5 * 2080].view(5, 2080) for _ in range(2)]
+    kernel(x, x, 1e-6, w, out=out)
+    streamed = {form.streamed for form in kernel._compiled}
+    assert streamed == {("out", "sum") if first == 0 else ()}
+    assert_no_worse(kernel.region, (x, x, 1e-6, w), out)
+    (flat,) = NumbaKernel(regions.swiglu("float32"), None)(x[0, :2079], x[1, :2079])
+    torch.testing.assert_close(flat, torch.nn.functional.silu(x[0, :2079]) * x[1, :2079])
+
+
+# --- what cannot be done -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("op", ["sin", "cos", "pow"])
+def test_an_operator_that_the_backend_lacks(op: str) -> None:
+    b = Builder()
+    x = b.input("x", "float32")
+    region = b.region(b.output("out", b.apply(op, *[x] * (2 if op == "pow" else 1)), "float32"))
+    with pytest.raises(CodegenError, match=f"no {op}"):
+        compile_region(region, None)
+    x_abs = torch.rand(3, 4)
+    (expected,) = reference.run(region, x_abs)
+    torch.testing.assert_close(expected, x_abs**x_abs if op == "pow" else getattr(torch, op)(x_abs))
+
+
+def test_tensors_that_a_kernel_is_not_for() -> None:
+    kernel = compile_region(regions.softmax("float32"), None)
+    with pytest.raises(CodegenError, match=r"float32 on cpu was given torch\.float64"):
+        kernel(torch.randn(2, 3, dtype=torch.float64))
+    with pytest.raises(CodegenError, match="on meta"):
+        kernel(torch.randn(2, 3, device="meta"))
+
+
+def test_a_broken_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(**_: object) -> None:
+        raise OSError("no code can be made here")
+
+    monkeypatch.setattr("numba.njit", broken)
+    region, x = regions.softmax("float32"), torch.randn(3, 4)
+    kernel = NumbaKernel(region, None)
+    with pytest.warns(UserWarning, match="runs by torch operators") as remarks:
+        (first,), (second,) = kernel(x), kernel(x)
+    assert len(remarks) == 1
+    torch.testing.assert_close(first, x.softmax(-1))
+    assert torch.equal(first, second)
+
+
+# --- processes and threads ---------------------------------------------------------------------
+
+FORK = """
+import os, threading
+import numpy as np
+import torch
+from graphopt.codegen import numba_cpu, regions
+from graphopt.codegen.numba_cpu import NumbaKernel
+torch.set_num_threads(2)
+kernel = NumbaKernel(regions.rms_norm_backward("float32", True), None)
+x, w = torch.randn(300, 500), torch.randn(500)
+serial = numba_cpu._Compiled.__call__
+chunks = []
+def seen(self, count, *more):
+    chunks.append(count)
+    return serial(self, count, *more)
+numba_cpu._Compiled.__call__ = seen
+args = (x, x * 2, x[:, 0], w, x)
+parallel = kernel(*args)
+threads = [threading.Thread(target=kernel, args=args) for _ in range(4)]
+[t.start() for t in threads]; [t.join() for t in threads]
+assert {*chunks} == {2}, chunks
+chunks.clear()
+child = os.fork()
+if child == 0:
+    forked = kernel(*args)
+    same = all(np.allclose(a.numpy(), b.numpy(), 1e-5, 1e-3) for a, b in zip(forked, parallel))
+    os._exit(0 if same and chunks == [1] else 1)  # torch's own threads would wait for ever here
+assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+def test_parallel_calls_threads_and_forks() -> None:
+    variables = {"NUMBA_NUM_THREADS": "2", "OMP_NUM_THREADS": "2"}
+    command = [sys.executable, "-c", FORK]
+    done = subprocess.run(command, capture_output=True, text=True, env=numba_cpu.os.environ | variables)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_text_of_a_kernel() -> None:
+    b = Builder()
+    x = b.input("x", "float32")
+    region = b.region(b.output("out", x * b.max(x), "bfloat16"))
+    text = write(region, Form(strided=("x",))).text
+    body = text[text.index("def rows") : text.index("def run")].strip()
+    assert body == TEXT
+
+
+TEXT = """\
+def rows(begin, end, columns, buffer, pitch, sums, x0, x0_0, x0_step, y0, y0_0):
+    one, zero = real(1), real(0)
+    for row in range(begin, end):
+        x0_row = x0 + row * x0_0
+        y0_row = y0 + row * y0_0
+        v1 = -infinity
+        for start in range(0, columns, 2048):
+            stop = min(start + 2048, columns)
+            p1 = -infinity
+            for j in range(start, stop):
+                v0 = load_float32(x0_row, j * x0_step, 0, one)
+                p1 = maximum(p1, v0)
+            v1 = maximum(v1, p1)
+        for start in range(0, columns, 2048):
+            stop = min(start + 2048, columns)
+            for j in range(start, stop):
+                v0 = load_float32(x0_row, j * x0_step, 0, one)
+                v2 = v0 * v1
+                store_bfloat16(y0_row, j, v2, 1)"""
