@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from graphopt.passes.skip_layers import SkipLayers
     from graphopt.passes.sparse_update import SparseUpdate
     from graphopt.passes.split_vocab import SplitVocab
+    from graphopt.passes.stage_plan import PipelinePlan
+    from graphopt.passes.stage_schedule import plan_pipeline
     from graphopt.passes.stream_blocks import StreamBlocks
     from graphopt.passes.stream_layers import StreamLayers
     from graphopt.passes.stream_loss import StreamLoss
@@ -48,6 +50,7 @@ __all__ = [
     "OverlapComm",
     "PackSaved",
     "PatchInference",
+    "PipelinePlan",
     "PlanError",
     "Program",
     "Report",
@@ -65,6 +68,7 @@ __all__ = [
     "calibration_gradients",
     "measure",
     "optimize",
+    "plan_pipeline",
     "read_links",
     "shard_parameters",
     "share_weights",
@@ -90,6 +94,7 @@ _LAZY = {
     "OverlapComm": "graphopt.passes.overlap_comm",
     "PackSaved": "graphopt.passes.pack_saved",
     "PatchInference": "graphopt.passes.patch_inference",
+    "PipelinePlan": "graphopt.passes.stage_plan",
     "PlanError": "graphopt.errors",
     "Program": "graphopt.program",
     "Report": "graphopt.report",
@@ -106,6 +111,7 @@ _LAZY = {
     "calibration_gradients": "graphopt.passes.calibration",
     "measure": "graphopt.measurement",
     "optimize": "graphopt.api",
+    "plan_pipeline": "graphopt.passes.stage_schedule",
     "read_links": "graphopt.cost_models.link_file",
     "shard_parameters": "graphopt.sharded_parameters",
     "share_weights": "graphopt.passes.layer_sharing",
