@@ -38,7 +38,7 @@ MODULE_FLOORS = {
     **dict.fromkeys(["analysis", "chart", "comparison", "graph_report", "listings"], 4),
     **dict.fromkeys(["module_report", "numerics", "report_text", "timeline"], 4),
     **dict.fromkeys(["cache_rows", "draft_length", "speculative", "speculative_rounds"], 4),
-    **dict.fromkeys(["calibrate_command", "skip_command", "skip_report"], 4),
+    **dict.fromkeys(["calibrate_command", "kernels_command", "skip_command", "skip_report"], 4),
     **dict.fromkeys(["distributed", "pipeline_transfers", "pipelining"], 4),
 }
 MAX_FILE_LINES = 400
@@ -190,6 +190,9 @@ def test_wheel_has_one_top_level_name(tmp_path: Path) -> None:
     ]
     files = {str(path.relative_to(site / "graphopt")) for path in site.glob("graphopt/**/*.py")}
     assert files == {path.removeprefix("graphopt/") for path in PATHS}
+    for name in ("kernel.cuh", "emulation.h"):  # what CUDA kernels are made with
+        packaged = site / "graphopt" / "codegen" / name
+        assert packaged.read_bytes() == (ROOT / "codegen" / name).read_bytes()
     found = run_python(IMPORT_ALL, site).splitlines()
     assert [Path(file).parent for file in found] == [site / "graphopt", site / "graphopt/passes"]
 

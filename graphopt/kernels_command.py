@@ -1,0 +1,119 @@
+"""`graphopt kernels`: the text of a generated kernel, what it moves, and its machine code."""
+
+import argparse
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from graphopt.errors import GraphoptError
+
+if TYPE_CHECKING:
+    from graphopt.codegen.cuda_form import Traits
+    from graphopt.codegen.cuda_source import Source
+    from graphopt.codegen.region import Region
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+def kernels() -> "dict[str, Callable[[Any], Region]]":
+    """The named kernels: from a dtype to the region."""
+    from graphopt.codegen import regions
+
+    return {
+        "rms_norm": lambda dtype: regions.rms_norm(dtype, True),
+        "rms_norm_backward": lambda dtype: regions.rms_norm_backward(dtype, True),
+        "layer_norm": regions.layer_norm,
+        "layer_norm_backward": regions.layer_norm_backward,
+        "softmax": regions.softmax,
+        "cross_entropy": lambda dtype: regions.cross_entropy(dtype, True),
+        "swiglu": regions.swiglu,
+        "bias_gelu_residual": lambda dtype: regions.bias_gelu_residual(dtype, "tanh"),
+        "rotary": regions.rotary,
+        "adamw": regions.adamw,
+    }
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """The options of `graphopt kernels`."""
+    add = command.add_argument
+    add("name", metavar="NAME", help="a kernel: rms_norm, softmax, cross_entropy, ..")
+    add("--backend", choices=("cuda", "numba"), default="cuda", help="whose text (default cuda)")
+    add("--dtype", choices=DTYPES, default="bfloat16", help="of tensors (default bfloat16)")
+    add("--shape", default="4096x4096", metavar="ROWSxCOLUMNS", help="default 4096x4096")
+    add("--device", default="h100", help="whose memory is counted with (default h100)")
+    add("--arch", default="sm_90", metavar="sm_N", help="what --lint compiles for (default sm_90)")
+    add("--lint", action="store_true", help="compile with NVRTC, and judge the machine code")
+    add("--quiet", action="store_true", help="without the text")
+    command.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Carry the command out."""
+    from graphopt.codegen.cuda_form import Traits
+    from graphopt.terminal import print_table
+
+    known = kernels()
+    if options.name not in known:
+        raise GraphoptError(f"no kernel is named {options.name}: there are {', '.join(known)}")
+    if options.lint and options.backend != "cuda":
+        raise GraphoptError("--lint is for the CUDA backend")
+    traits, shape = Traits(known[options.name](options.dtype)), _shape(options.shape)
+    rows = _costs(traits, shape, options.device)
+    if options.backend == "numba":
+        from graphopt.codegen.numba_cpu import compile_region
+
+        text = compile_region(traits.region, None).source()
+    else:
+        source = _source(traits, shape)
+        text, form = source.text, source.form
+        held = f"{form.held} packs of a thread in registers" if form.held else "in a loop"
+        rows.append(("form", f"{form.team} threads for a row, {form.pack} columns in a pack, {held}"))
+        if options.lint:
+            rows += _lint(traits.region, source, options.arch)
+    if not options.quiet:
+        print(text)
+    print_table(f"{options.name}, {options.dtype}, {options.shape}", ("", ""), rows)
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    parts = text.split("x")
+    if len(parts) < 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise GraphoptError(f"--shape {text}: rows and columns are written as in 4096x1024")
+    return tuple(int(part) for part in parts)
+
+
+def _costs(traits: "Traits", shape: tuple[int, ...], name: str) -> list[tuple[str, str]]:
+    """What the kernel moves, and how long that takes at the rate of a device's memory."""
+    from graphopt.codegen.cuda_form import moved_bytes
+    from graphopt.cost_models.devices import format_bytes, get_device
+
+    device, nbytes = get_device(name), moved_bytes(traits, shape)
+    seconds = nbytes / device.bytes_per_s
+    return [
+        ("bytes", f"{format_bytes(nbytes)}, each tensor once"),
+        ("time", f"{seconds * 1e6:.1f} us at {device.bytes_per_s / 1e9:.4g} GB/s of {device.name}"),
+    ]
+
+
+def _source(traits: "Traits", shape: tuple[int, ...]) -> "Source":
+    from graphopt.codegen.cuda_form import contiguous_grid, form_of
+    from graphopt.codegen.cuda_source import write
+
+    grid = contiguous_grid(traits, shape)
+    return write(traits.region, form_of(traits, grid, [0] * len(traits.tensors)))
+
+
+def _lint(region: "Region", source: "Source", architecture: str) -> list[tuple[str, str]]:
+    """Facts of the machine code; GraphoptError names what is wrong with it."""
+    from graphopt.codegen.cuda_lint import faults, inspect
+    from graphopt.codegen.nvrtc import compile_text
+
+    compiled = compile_text(source.text, architecture)
+    facts = inspect(compiled)
+    wrong = faults(region, source, facts)
+    if wrong:
+        raise GraphoptError(f"the kernel for {architecture} breaks rules: {'; '.join(wrong)}")
+    return [
+        (architecture, f"{facts.registers} registers, no spills, {len(compiled.cubin)} bytes of code"),
+        ("loads", f"{facts.wide_loads} of 16 bytes, {facts.narrow_loads} below, in the text"),
+        ("stores", f"{facts.wide_stores} of 16 bytes, {facts.narrow_stores} below"),
+    ]

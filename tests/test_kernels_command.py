@@ -1,0 +1,56 @@
+"""`graphopt kernels`: texts, predicted bytes and times, and the lint."""
+
+from typing import Any
+
+import pytest
+
+from graphopt.cli import main
+from graphopt.codegen import nvrtc
+from graphopt.kernels_command import kernels
+
+
+def shown(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
+    assert main(["kernels", *arguments]) == 0
+    return capsys.readouterr().out
+
+
+def test_bytes_and_time_of_a_kernel(capsys: pytest.CaptureFixture[str]) -> None:
+    """Numbers of 2 bytes: x and residual are read, result and sum written; and a weight is read."""
+    text = shown(capsys, "rms_norm", "--shape", "4096x1024", "--device", "h200")
+    nbytes = 4 * 4096 * 1024 * 2 + 1024 * 2
+    assert 'extern "C" __global__' in text and "enum { TEAM = 32, TEAMS = 8 };" in text
+    assert f"{nbytes / 4.8e12 * 1e6:.1f} us at 4800 GB/s of h200" in text
+    assert "32 threads for a row, 8 columns in a pack, 4 packs of a thread in registers" in text
+
+
+@pytest.mark.parametrize("name", kernels())
+def test_all_names(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    quiet = shown(capsys, name, "--dtype", "float32", "--quiet")
+    assert "__global__" not in quiet and "GB/s of h100" in quiet
+
+
+def test_the_text_for_numba(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "def rows(begin, end, columns" in shown(capsys, "softmax", "--backend", "numba")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["rms"], "no kernel is named rms: there are rms_norm"),
+        (["softmax", "--shape", "4096"], "as in 4096x1024"),
+        (["softmax", "--shape", "0x4"], "as in 4096x1024"),
+        (["softmax", "--backend", "numba", "--lint"], "--lint is for the CUDA backend"),
+        (["softmax", "--device", "h10"], "did you mean 'h100'"),
+        (["softmax", "--lint", "--arch", "90"], "is no architecture"),
+    ],
+)
+def test_messages(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["kernels", *arguments]) == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not nvrtc.available(), reason="no NVRTC: pip install nvidia-cuda-nvrtc")
+def test_lint(capsys: pytest.CaptureFixture[str]) -> None:
+    text = shown(capsys, "softmax", "--arch", "sm_100", "--lint", "--quiet")
+    assert "sm_100" in text and "no spills" in text
+    assert "4 of 16 bytes, 0 below" in text
