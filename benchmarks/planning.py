@@ -23,7 +23,8 @@ from graphopt.cost_models.costs import Costs
 from graphopt.cost_models.devices import get_device
 from graphopt.cost_models.memory import NO_PRODUCER, Dataflow, Operator, Value
 from graphopt.errors import PlanError
-from graphopt.passes.checkpoint_choice import choose, everything, step_of
+from graphopt.passes.checkpoint_choice import everything, step_of
+from graphopt.passes.nested_choice import choose_best
 from graphopt.tangents import unlikely_tangents, without_gradients
 from graphopt.tracing import trace
 
@@ -52,7 +53,7 @@ def scattered(operators: int, seed: int = 0) -> tuple[int, float | None, dict[st
     plain = flow.static_bytes + step_of(flow, everything(flow)).peak_bytes
     budgets = {"None": (False, None), "0.5": (False, plain // 2), "min": (True, None)}
     plans = {
-        name: seconds_of(lambda light=least, b=budget: choose(flow, light, b))
+        name: seconds_of(lambda light=least, b=budget: choose_best(flow, light, b))
         for name, (least, budget) in budgets.items()
     }
     return len(flow.operators), None, plans
