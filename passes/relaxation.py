@@ -13,7 +13,7 @@ from graphopt.cost_models.memory import Dataflow
 from graphopt.passes.chain_solver import Choice
 from graphopt.passes.checkpoint_choice import pruned, step_of
 
-WORK = 2_000_000  # steps of backwards that are simulated, at most
+WORK = 500_000  # steps of backwards that are simulated, at most
 ROUNDS = 3
 
 
