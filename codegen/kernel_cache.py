@@ -77,6 +77,7 @@ class DiskCache:
         digest, payload = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
         if hashlib.sha256(payload).digest() != digest:
             return None
+        target.refresh()  # or symbols that the code needs are not there yet
         try:
             found = CompileResult._rebuild(target, *pickle.loads(payload))
         except Exception:  # whatever a reader of another version's data may raise

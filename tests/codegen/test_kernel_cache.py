@@ -118,3 +118,21 @@ def test_other_primitives_make_other_kernels(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_without_a_folder() -> None:
     torch.testing.assert_close(numba_cpu.NumbaKernel(regions.swiglu("float32"), None)(X, X)[0], SILU)
+
+
+ON_TWO_THREADS = """
+import sys
+from pathlib import Path
+import torch
+from graphopt.codegen import regions
+from graphopt.codegen.numba_cpu import NumbaKernel
+torch.set_num_threads(2)
+x = torch.randn(1024, 512)
+(found,) = NumbaKernel(regions.softmax("float32"), Path(sys.argv[1]))(x)
+assert torch.allclose(found, x.softmax(-1), atol=1e-6)
+"""
+
+
+def test_a_second_process_runs_what_the_first_compiled_for_two_threads(tmp_path: Path) -> None:
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", ON_TWO_THREADS, str(tmp_path)], check=True, timeout=120)

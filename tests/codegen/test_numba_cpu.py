@@ -11,6 +11,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from graphopt import kernels
 from graphopt.codegen import numba_cpu, reference, regions
 from graphopt.codegen.builder import Builder, Expression
 from graphopt.codegen.numba_cpu import NumbaKernel, compile_region
@@ -370,3 +371,17 @@ def rows(begin, end, columns, buffer, pitch, sums, x0, x0_0, x0_step, y0, y0_0):
                 v0 = load_float32(x0_row, j * x0_step, 0, one)
                 v2 = v0 * v1
                 store_bfloat16(y0_row, j, v2, 1)"""
+
+
+def test_large_resident_outputs_on_two_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("graphopt.codegen.numba_cpu.resident", lambda _: True)
+    x, residual, weight = torch.randn(2048, 2048), torch.randn(2048, 2048), torch.randn(2048)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        found, total = kernels.rms_norm(x, weight, eps=1e-6, residual=residual)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(total, x + residual)
+    expected = torch.nn.functional.rms_norm((x + residual).double(), (2048,), weight.double(), 1e-6)
+    torch.testing.assert_close(found.double(), expected, rtol=2e-6, atol=2e-6)
