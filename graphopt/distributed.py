@@ -20,9 +20,11 @@ from torch.utils import _pytree as pytree
 
 from graphopt.errors import PlanError
 from graphopt.passes.stage_plan import PipelinePlan
-from graphopt.pipeline_transfers import check_messages, with_head, with_transfers
+from graphopt.pipeline_transfers import algorithm_of, check_messages, with_head, with_transfers
+from graphopt.pipeline_vocabulary import PipelineVocabulary
 from graphopt.pipelining import PlanSchedule, RoutedStage
 from graphopt.ranks import check_same
+from graphopt.vocabulary_passes import Place, VocabularyPasses
 
 Shapes = tuple[tuple[tuple[int, ...], torch.dtype], ...]
 
@@ -37,6 +39,7 @@ def pipeline_schedule(
     group: dist.ProcessGroup | None = None,
     scale_grads: bool = True,
     dw_builders: Mapping[int, Callable[[], Callable[..., None]]] | None = None,
+    vocabulary: PipelineVocabulary | None = None,
 ) -> PlanSchedule:
     """A schedule that runs `plan`; every rank of `group` calls this, rank d being device d of the plan.
 
@@ -49,6 +52,10 @@ def pipeline_schedule(
     microbatch; `scale_grads` divides gradients by how many there are. `dw_builders` are those of torch's
     stages, by stage.
 
+    A plan with a split vocabulary (passes S and T) takes this rank's part of it as `vocabulary`, which
+    has the loss: `loss_fn` is None. The last stage then puts out hidden values, the first one takes rows
+    of the embedding if that is split, too, and every rank gives `step` the ids and the target.
+
     PlanError, the same on every rank, where plan, ranks and stages do not fit each other.
     """
     group = group or dist.distributed_c10d._get_default_group()
@@ -56,26 +63,45 @@ def pipeline_schedule(
     plan = with_head(plan)
     rank = dist.get_rank(group)
     held = [s for s, devices in enumerate(plan.stage_devices) if rank in devices]
-    _agree(group, _fault(plan, held, stages, dist.get_world_size(group)))
+    fault = _fault(plan, held, stages, dist.get_world_size(group))
+    _agree(group, fault or _vocabulary_fault(plan, vocabulary, loss_fn))
     device = _device_of(stages[held[0]])
+    example = _entering(example, vocabulary)
     shapes = _shapes(plan, stages, example, example_kwargs or {}, group, device)
     _agree(group, _unfit(plan, shapes))
-    made = []
-    for number in held:
-        routed = RoutedStage(
-            stages[number],
-            number,
-            max(plan.stages, plan.devices),  # torch has no more ranks than stages; replicas may
-            device,
-            input_args=_empty(shapes[number]),
-            output_args=_empty(shapes[number + 1]),
-            group=group,
-            dw_builder=(dw_builders or {}).get(number),
-        )
-        routed.num_stages = plan.stages
-        made.append(routed)
+    builders = dw_builders or {}
+    made = [_routed(plan, s, stages[s], shapes, device, group, builders.get(s)) for s in held]
     _meet(group, device)
-    return PlanSchedule(plan, made, loss_fn, scale_grads, _replicas(plan, group, rank))
+    replicas = _replicas(plan, group, rank)
+    if vocabulary is None:
+        return PlanSchedule(plan, made, loss_fn, scale_grads, replicas)
+    place = Place(group, device, 1 / plan.microbatches if scale_grads else 1.0)
+    passes = VocabularyPasses(vocabulary, place, _empty(shapes[-1])[0])
+    return PlanSchedule(plan, made, _no_loss, scale_grads, replicas, passes)
+
+
+def _routed(
+    plan: PipelinePlan,
+    number: int,
+    module: nn.Module,
+    shapes: Sequence[Shapes],
+    device: torch.device,
+    group: dist.ProcessGroup,
+    dw_builder: Callable[[], Callable[..., None]] | None,
+) -> RoutedStage:
+    """Stage `number` of the plan on this rank."""
+    routed = RoutedStage(
+        module,
+        number,
+        max(plan.stages, plan.devices),  # torch has no more ranks than stages; replicas may
+        device,
+        input_args=_empty(shapes[number]),
+        output_args=_empty(shapes[number + 1]),
+        group=group,
+        dw_builder=dw_builder,
+    )
+    routed.num_stages = plan.stages
+    return routed
 
 
 def follow(schedule: PlanSchedule, plan: PipelinePlan) -> None:
@@ -149,6 +175,38 @@ def _fault(
     except PlanError as error:
         return str(error)
     return None
+
+
+def _vocabulary_fault(
+    plan: PipelinePlan, vocabulary: PipelineVocabulary | None, loss_fn: Callable[..., Tensor] | None
+) -> str | None:
+    """What is wrong with the plan and the vocabulary together."""
+    algorithm = algorithm_of(plan)
+    if (algorithm is None) is not (vocabulary is None):
+        has, given = ("no", "one") if algorithm is None else ("a", "none")
+        return f"the plan has {has} split vocabulary, and {given} was given"
+    if vocabulary is None:
+        return None
+    if loss_fn is not None:
+        return "a split vocabulary has its own loss: loss_fn must be None"
+    if vocabulary.scale.cap and algorithm == "vocab-2":
+        return "vocab-2 has no soft cap of logits; take vocab-1"
+    if vocabulary.shard.ranks != plan.devices:
+        return f"the vocabulary is split over {vocabulary.shard.ranks} ranks, not {plan.devices}"
+    return None
+
+
+def _entering(example: Sequence[Tensor], vocabulary: PipelineVocabulary | None) -> Sequence[Tensor]:
+    """What the first stage takes: rows of the embedding, where that is split."""
+    if vocabulary is None or vocabulary.embedding is None:
+        return example
+    ids, *rest = example
+    return [torch.zeros(*ids.shape, vocabulary.head.shape[1], dtype=vocabulary.head.dtype), *rest]
+
+
+def _no_loss(output: Tensor, target: Tensor) -> Tensor:
+    """torch wants a loss for a backward."""
+    raise AssertionError("the vocabulary has the loss")
 
 
 def _agree(group: dist.ProcessGroup, fault: str | None) -> None:

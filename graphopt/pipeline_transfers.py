@@ -17,6 +17,8 @@ from graphopt.passes.stage_plan import TORCH_KINDS, Action, PipelinePlan
 
 Hop = tuple[int, int]  # a stage, and the device that runs it
 Rows = tuple[tuple[str, ...], ...]
+PASSES = "ST"  # those of a split vocabulary
+ALGORITHMS = ("vocab-1", "vocab-2")
 
 
 @dataclass(frozen=True)
@@ -63,36 +65,50 @@ class Routes:
             return Message(here, self.before[key], "B", action.microbatch)
         return None
 
-    def needed(self, action: Action) -> str | None:
-        """The action whose result `action` takes, as a text without its microbatch's device."""
-        key = (action.stage, action.microbatch)
+    def needed(self, action: Action) -> tuple[str, ...]:
+        """The actions whose results `action` takes, as texts without their microbatch's device."""
+        key, last = (action.stage, action.microbatch), self.plan.stages - 1
         if action.kind == "F" and key in self.before:
-            return f"{self.before[key][0]}F{action.microbatch}"
+            return (f"{self.before[key][0]}F{action.microbatch}",)
         if action.kind in "IB" and key in self.after:
-            return f"{self.after[key][0]}B{action.microbatch}"
-        return None
+            return (f"{self.after[key][0]}B{action.microbatch}",)
+        if action.kind == "S":
+            return (f"{last}F{action.microbatch}",)
+        if action.kind == "T" or (action.kind in "IB" and action.stage == last and self.algorithm):
+            kind = "T" if action.kind != "T" and self.algorithm == "vocab-1" else "S"
+            return tuple(f"{d}{kind}{action.microbatch}" for d in range(self.plan.devices))
+        return ()
+
+    @cached_property
+    def algorithm(self) -> str | None:
+        """That of the passes of a vocabulary, None where there are none."""
+        return algorithm_of(self.plan)
 
 
 def with_head(plan: PipelinePlan) -> PipelinePlan:
-    """The plan with its heads as a stage of their own, after the others.
+    """The plan with its heads as a stage of their own, after the others, and without the passes E.
 
-    Where the first stage holds the head (SkipPipe), `H` of a microbatch becomes the forward and, right
-    after it, the backward of stage `plan.stages` on the same device: `torch.distributed.pipelining` has
-    no action for it.
+    Rows of a split embedding are looked up ahead, beside the other passes. Where the first stage holds
+    the head (SkipPipe), `H` of a microbatch becomes the forward and, right after it, the backward of
+    stage `plan.stages` on the same device: `torch.distributed.pipelining` has no action for it.
     """
     head = plan.stages
     kinds = {action.kind for device in range(plan.devices) for action in plan.actions(device)}
-    if unknown := sorted(kinds - set(TORCH_KINDS) - {"H"}):
+    if unknown := sorted(kinds - set(TORCH_KINDS) - set(PASSES) - {"H", "E"}):
         raise PlanError(
             f"{plan.schedule}: torch.distributed.pipelining has no action for {', '.join(unknown)}"
         )
-    if "H" not in kinds:
+    if kinds & set(PASSES):
+        check_passes(plan)
+    if not kinds & {"H", "E"}:
         return plan
     orders, begins, ends = [], [], []
     for device in range(plan.devices):
         timed: list[tuple[str, float, float]] = []
         rows = zip(plan.actions(device), plan.begin_s[device], plan.end_s[device], strict=True)
         for action, begin, end in rows:
+            if action.kind == "E":
+                continue
             if action.kind != "H":
                 timed.append((str(action), begin, end))
                 continue
@@ -102,14 +118,13 @@ def with_head(plan: PipelinePlan) -> PipelinePlan:
         orders.append(tuple(text for text, _, _ in timed))
         begins.append(tuple(begin for _, begin, _ in timed))
         ends.append(tuple(end for _, _, end in timed))
-    found = replace(
-        plan,
-        stage_devices=(*plan.stage_devices, plan.stage_devices[0]),
-        paths=tuple((*path, (head, path[0][1])) for path in plan.paths),
-        orders=tuple(orders),
-        begin_s=tuple(begins),
-        end_s=tuple(ends),
-    )
+    found = replace(plan, orders=tuple(orders), begin_s=tuple(begins), end_s=tuple(ends))
+    if "H" in kinds:
+        found = replace(
+            found,
+            stage_devices=(*plan.stage_devices, plan.stage_devices[0]),
+            paths=tuple((*path, (head, path[0][1])) for path in plan.paths),
+        )
     found.check()
     return found
 
@@ -134,7 +149,7 @@ def with_transfers(plan: PipelinePlan) -> Rows:
         ready = [
             (plan.end_s[device][place[device]], device)
             for device, row in enumerate(actions)
-            if place[device] < len(row) and (routes.needed(row[place[device]]) or "") in done | {""}
+            if place[device] < len(row) and done.issuperset(routes.needed(row[place[device]]))
         ]
         if not ready:
             raise PlanError(f"{plan.schedule}: the orders of the devices wait for each other")
@@ -153,6 +168,33 @@ def with_transfers(plan: PipelinePlan) -> Rows:
     for device, row in enumerate(rows):
         row += [f"{s}REDUCE_GRAD" for s, devices in enumerate(plan.stage_devices) if device in devices]
     return tuple(map(tuple, rows))
+
+
+def algorithm_of(plan: PipelinePlan) -> str | None:
+    """The algorithm of the passes S and T in `plan`, None where it has none; PlanError for others."""
+    if not any(action.kind == "S" for d in range(plan.devices) for action in plan.actions(d)):
+        return None
+    found = next((name for name in ALGORITHMS if plan.schedule.endswith(name)), None)
+    if found is None:
+        raise PlanError(f"{plan.schedule}: of the algorithms, {' and '.join(ALGORITHMS)} can be run")
+    return found
+
+
+def order_of(plan: PipelinePlan, device: int, stage: int, kinds: str) -> list[int]:
+    """The microbatches of a stage's actions of these kinds, in the order of its device."""
+    return [a.microbatch for a in plan.actions(device) if a.stage == stage and a.kind in kinds]
+
+
+def check_passes(plan: PipelinePlan) -> None:
+    """PlanError unless all devices run S, and T, in one order, and each end of the model is on one."""
+    for kind in "ST":
+        if len({tuple(order_of(plan, d, d, kind)) for d in range(plan.devices)}) != 1:
+            raise PlanError(f"{plan.schedule}: the devices run {kind} in different orders")
+    for stage in (0, plan.stages - 1):
+        if len(plan.stage_devices[stage]) > 1:
+            raise PlanError(
+                f"{plan.schedule}: with a split vocabulary, stage {stage} has to be on one device"
+            )
 
 
 def _passed_by_torch(message: Message) -> bool:

@@ -6,12 +6,16 @@ A plan runs on torch's own runtime: its actions, its stages, its backward in two
 - losses and outputs are kept by microbatch. torch keeps them in the order in which they are computed and
   reads them by number: where the last stage runs microbatches in another order, it trains on the wrong
   gradients without an error;
-- a stage may be on several devices, whose gradients are summed after the step.
+- a stage may be on several devices, whose gradients are summed after the step;
+- the passes S and T of a split vocabulary run as the custom functions of two kinds of actions that
+  nothing else uses here, those that gather and free the parameters of FSDP.
 """
 
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +26,7 @@ from torch.distributed.pipelining import _utils, schedules, stage
 from graphopt.errors import GraphoptError
 from graphopt.passes.stage_plan import PipelinePlan
 from graphopt.pipeline_transfers import Routes, Rows, check_messages, with_transfers
+from graphopt.vocabulary_passes import VocabularyPasses
 
 # What has to be there: classes with their methods, and what their instances have.
 CLASSES: dict[str, tuple[str, ...]] = {
@@ -32,6 +37,7 @@ CLASSES: dict[str, tuple[str, ...]] = {
         "_maybe_get_loss",
         "_step_microbatches",
         "_update_losses",
+        "register_custom_function",
         "step",
     ),
     "stage.PipelineStage": (
@@ -87,18 +93,31 @@ def require(modules: Mapping[str, Any], version: str) -> None:
 require({"schedules": schedules, "stage": stage}, torch.__version__)
 
 
+PASSES = {"S": "UNSHARD", "T": "RESHARD"}  # the actions that stand for those of a vocabulary
+_PASS = re.compile(rf"^(\d+)([{''.join(PASSES)}])(\d+)$")
+
+_BACKWARD = re.compile(r"\d([IBW]\d|SEND_B|RECV_B|REDUCE)")  # what an evaluation leaves out
+
+
 class RoutedStage(pipelining.PipelineStage):
-    """A stage that exchanges each microbatch with the stages before and after it on its own path."""
+    """A stage that exchanges each microbatch with the stages before and after it on its own path.
+
+    `rows` makes what the first stage takes of what it is given, where its embedding is split.
+    """
+
+    rows: Callable[[int, tuple[Any, ...]], tuple[Any, ...]] | None = None
 
     def follow(self, routes: Routes, here: Mapping[int, "RoutedStage"]) -> None:
         """Take the paths of `routes`; `here` are all stages on this device."""
         self._routes, self._here = routes, here
         self._order: list[int] = []
 
-    def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+    def forward_one_chunk(self, fwd_chunk_id: int, args: Any, *rest: Any, **kwargs: Any) -> Any:
         """torch's; which microbatch an output is of is kept."""
         count = len(self.output_chunks)
-        output = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+        if self.rows is not None:
+            args = self.rows(fwd_chunk_id, args)
+        output = super().forward_one_chunk(fwd_chunk_id, args, *rest, **kwargs)
         if len(self.output_chunks) > count:
             self._order.append(fwd_chunk_id)
         return output
@@ -169,7 +188,7 @@ class PlanSchedule(schedules._PipelineScheduleRuntime):
     """A schedule of `torch.distributed.pipelining` that runs a plan; `graphopt.distributed` makes them.
 
     `step` and `eval` are torch's. In `losses`, `step` leaves those of the microbatches whose last stage
-    is on this device, by their numbers.
+    is on this device, by their numbers; all of them, where the vocabulary is split.
     """
 
     def __init__(
@@ -179,10 +198,14 @@ class PlanSchedule(schedules._PipelineScheduleRuntime):
         loss_fn: Callable[..., torch.Tensor] | None,
         scale_grads: bool,
         replicas: Mapping[int, dist.ProcessGroup],
+        vocabulary: VocabularyPasses | None = None,
     ) -> None:
         made: Any = super()
         made.__init__(list(stages), plan.microbatches, loss_fn=loss_fn, scale_grads=scale_grads)
         self._routed, self._replicas = list(stages), replicas
+        self._vocabulary = vocabulary
+        for kind, name in PASSES.items() if vocabulary else ():
+            self.register_custom_function(schedules._ComputationType(name), partial(self._pass, kind))
         self._by_microbatch: dict[int, torch.Tensor] = {}
         self._prepared: bool | None = None  # whether the stages are, and for a backward
         self.group = stages[0].group
@@ -199,9 +222,14 @@ class PlanSchedule(schedules._PipelineScheduleRuntime):
         routes, here = Routes(plan), {s.stage_index: s for s in self._routed}
         for routed in self._routed:
             routed.follow(routes, here)
+            if self._vocabulary is not None and routed.is_first:
+                routed.rows = self._vocabulary.rows
+        if self._vocabulary is not None:
+            self._vocabulary.follow(plan)
         self.stage_index_to_group_rank = {s: d[0] for s, d in enumerate(plan.stage_devices)}
         self.pipeline_order = actions_of(plan.orders)
-        self.pipeline_order_with_comms = actions_of(rows)
+        forward = tuple(tuple(text for text in row if not _BACKWARD.search(text)) for row in rows)
+        self._actions = {True: actions_of(rows), False: actions_of(forward)}
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """torch's; then the devices of a stage sum their gradients."""
@@ -220,15 +248,33 @@ class PlanSchedule(schedules._PipelineScheduleRuntime):
             prepare(routed, self._n_microbatches, self._has_backward)
         self._prepared = self._has_backward
 
-    def _step_microbatches(self, *args: Any, **kwargs: Any) -> None:
+    def _step_microbatches(
+        self,
+        arg_mbs: Any = None,
+        kwarg_mbs: Any = None,
+        target_mbs: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
         self._by_microbatch.clear()
-        super()._step_microbatches(*args, **kwargs)
+        self.pipeline_order_with_comms = self._actions[self._has_backward]
+        if self._vocabulary is not None:
+            self._vocabulary.begin(arg_mbs, target_mbs, self._has_backward)
+        super()._step_microbatches(arg_mbs, kwarg_mbs, target_mbs, *args, **kwargs)
         for routed in self._routed:
             routed.sort_outputs()
+
+    def _pass(self, kind: str, action: Any, context: Any) -> None:
+        """A pass of the vocabulary, as a custom function of torch's."""
+        assert self._vocabulary is not None
+        self._vocabulary.run(kind, action.microbatch_index)
 
     def _maybe_compute_loss(
         self, stage: Any, output: Any, target_mbs: Any, mb_index: int, *args: Any, **kwargs: Any
     ) -> None:
+        if self._vocabulary is not None and stage.is_last:
+            self._by_microbatch[mb_index] = self._vocabulary.send(mb_index, output)
+            return
         runtime: Any = super()
         runtime._maybe_compute_loss(stage, output, target_mbs, mb_index, *args, **kwargs)
         if self._internal_losses:
@@ -238,6 +284,8 @@ class PlanSchedule(schedules._PipelineScheduleRuntime):
         return self._by_microbatch[mb_index] if stage.is_last and self._has_backward else None
 
     def _update_losses(self, stages: Any, losses: list[torch.Tensor] | None) -> None:
+        if self._vocabulary is not None:
+            self._by_microbatch = self._vocabulary.finish()
         if losses is not None and self._by_microbatch:
             losses[:] = [self._by_microbatch[m] for m in sorted(self._by_microbatch)]
         self._by_microbatch.clear()
@@ -245,7 +293,10 @@ class PlanSchedule(schedules._PipelineScheduleRuntime):
 
 def actions_of(rows: Rows) -> dict[int, list[Any]]:
     """Rows of texts as torch has them."""
-    return {device: [schedules._Action.from_str(text) for text in row] for device, row in enumerate(rows)}
+    texts = [[_PASS.sub(lambda t: f"{t[1]}{PASSES[t[2]]}{t[3]}", text) for text in row] for row in rows]
+    return {
+        device: [schedules._Action.from_str(text) for text in row] for device, row in enumerate(texts)
+    }
 
 
 def prepare(routed: RoutedStage, microbatches: int, has_backward: bool) -> None:

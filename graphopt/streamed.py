@@ -84,6 +84,11 @@ class Coefficients(NamedTuple):
         """The coefficients of some tokens."""
         return Coefficients(*(None if c is None else c[span] for c in self))
 
+    def rebased(self, base: Tensor, lse: Tensor) -> "Coefficients":
+        """The coefficients where exp(z - base) stands for the softmax."""
+        assert self.p is not None
+        return self._replace(p=self.p * (base - lse).exp())
+
     def times(self, factor: float, dtype: torch.dtype) -> "Coefficients":
         """The coefficients, scaled, in the dtype of a tile."""
         return Coefficients(*(None if c is None else (c * factor).to(dtype) for c in self))

@@ -28,7 +28,7 @@ from graphopt.stream_plans import (
     gradients,
     statistics,
 )
-from graphopt.streamed import Coefficients, Head, Operands, Tile, spans, statistics_of
+from graphopt.streamed import Head, Operands, Tile, spans, statistics_of
 from graphopt.vocab_dtensor import layout_of, local, own_rows, replicated, shard_of
 from graphopt.vocab_exchange import (
     ALGORITHMS,
@@ -162,7 +162,7 @@ class _WordsLoss(torch.autograd.Function):
         numbers = exchange(own, operands, problem)
         if mean is not None:
             by = problem.by(numbers.lse, torch.ones_like(numbers.lse))
-            own_by = _of_unscaled(by, own.lse, numbers.lse)
+            own_by = by.rebased(own.lse, numbers.lse)
             dx = sum_over(attention_gradient(operands, mean, own_by), problem.shard)
         ctx.problem = problem
         ctx.save_for_backward(x, weight, bias, numbers.lse, dx)
@@ -243,21 +243,15 @@ def _block(tile: Tile, part: Operands, problem: Problem, dx: Tensor | None) -> t
         begun = begin_exchange(own, part, problem)
         mean = torch.mm(tile.lowered(z), part.weight)
         numbers = end_exchange(begun, part, problem)
-        by = _of_unscaled(problem.by(numbers.lse, one), found.peak, numbers.lse)
+        by = problem.by(numbers.lse, one).rebased(found.peak, numbers.lse)
         dx.copy_(attention_gradient(part, mean.to(z.dtype), by))
     else:
         numbers = exchange(own, part, problem)
-        by = _of_unscaled(problem.by(numbers.lse, one), found.peak, numbers.lse)
+        by = problem.by(numbers.lse, one).rebased(found.peak, numbers.lse)
     gradient = tile.finished(part, z, by, slope)
     if problem.way.algorithm != "one-barrier" and dx is not None:
         torch.mm(gradient, part.weight, out=dx)
     return numbers, gradient
-
-
-def _of_unscaled(by: Coefficients, peak: Tensor, lse: Tensor) -> Coefficients:
-    """`by` where exp(z - peak) stands for the softmax."""
-    assert by.p is not None
-    return by._replace(p=by.p * (peak - lse).exp())
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

@@ -6,7 +6,7 @@ NCCL, and every rank of the group must call them in the same order.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -52,6 +52,10 @@ class Shard:
     def on_mesh(cls, words: int, mesh: "DeviceMesh", dim: str | None = None) -> "Shard":
         """This process's part of `words` words over one dimension of `mesh`: `dim`, or the only one."""
         return cls.on_group(words, group_of(mesh, dim))
+
+    def within(self, group: "ProcessGroup") -> "Shard":
+        """The same part, with `group`, of the same ranks, for its collectives."""
+        return replace(self, group=group.group_name)
 
     def bounds(self, rank: int) -> tuple[int, int]:
         """The first word of a rank, and the first behind.
