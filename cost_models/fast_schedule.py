@@ -55,15 +55,21 @@ class FastBackward:
         self.arrays = _Arrays(flow)
         self.fixed, self.must_keep = self._mask(fixed), self._mask(must_keep)
         self.end, self.owned = self._mask(end), self._mask(owned)
+        self.outputs = self._mask(flow.outputs)
+        self._room = (
+            2 * max(len(self.arrays.reads_at), len(self.arrays.writes)) + 8
+        )  # of steps and values
 
-    def run(self, held: Collection[int], ephemeral: Collection[int], order: Sequence[int]) -> Profile:
-        """The backward in `order` with the values `held` alive before it."""
+    def run(
+        self,
+        held: Collection[int] | np.ndarray,
+        ephemeral: Collection[int] | np.ndarray,
+        order: Sequence[int] | np.ndarray,
+    ) -> Profile:
+        """The backward in `order` with the values `held` alive before it; labels may be masks."""
         a = self.arrays
         start = self._mask(held)
-        steps = compiled(_steps, on_disk=True)(
-            *(a.reads_at, a.reads, a.writes_at, a.writes, a.producer),
-            *(start | self.fixed, self._mask(ephemeral), np.array(order, np.int64)),
-        )
+        steps = self._steps(start | self.fixed, self._mask(ephemeral), np.asarray(order, np.int64))
         kept = compiled(_kept, on_disk=True)(a.reads_at, a.reads, steps[0], start, self.must_keep)
         during = compiled(_during, on_disk=True)(
             *(a.reads_at, a.reads, a.writes_at, a.writes, a.reusable_at, a.reusable),
@@ -79,7 +85,40 @@ class FastBackward:
             *again,
         )
 
-    def _mask(self, values: Collection[int]) -> np.ndarray:
+    def forward_peak(self, keep: Collection[int] | np.ndarray) -> int:
+        """The most bytes alive at once in the forward, which ends with its outputs and `keep` alive."""
+        a = self.arrays
+        end = self._mask(keep) | self.outputs
+        needed = compiled(_needed, on_disk=True)(
+            *(a.reads_at, a.reads, a.writes_at, a.writes, a.forward, a.recomputable, end)
+        )
+        operators = a.forward[needed]
+        makes_at = np.concatenate((np.zeros(1, np.int64), np.cumsum(a.made_forward[needed])))
+        makes = a.writes_forward[np.repeat(needed, a.made_forward)]
+        none = np.zeros_like(end)
+        during = compiled(_during, on_disk=True)(
+            *(a.reads_at, a.reads, a.writes_at, a.writes, a.reusable_at, a.reusable),
+            *(a.nbytes, a.workspace, operators, makes_at, makes, none, end, none),
+        )
+        return int(during.max(initial=0))
+
+    def _steps(self, start: np.ndarray, ephemeral: np.ndarray, order: np.ndarray) -> Any:
+        """The operators of the steps, where what each makes begins, and the values made."""
+        a = self.arrays
+        while True:
+            found = (np.empty(self._room, np.int64), np.zeros(self._room, np.int64))
+            makes, stack = np.empty(self._room, np.int64), np.empty((2, len(a.reads_at) + 1), np.int64)
+            count, made = compiled(_steps, on_disk=True)(
+                *(a.reads_at, a.reads, a.writes_at, a.writes, a.producer),
+                *(start, ephemeral, order, *found, makes, *stack),
+            )
+            if count >= 0:
+                return found[0][:count], found[1][: count + 1], makes[:made]
+            self._room *= 2
+
+    def _mask(self, values: Collection[int] | np.ndarray) -> np.ndarray:
+        if isinstance(values, np.ndarray):
+            return values
         found = np.zeros(len(self.arrays.nbytes), np.bool_)
         found[list(values)] = True
         return found
@@ -101,6 +140,10 @@ class _Arrays:
         self.seconds = np.array([o.seconds for o in operators], np.float64)
         self.flops = np.array([o.flops for o in operators], np.int64)
         self.backward = np.array([o.backward for o in operators], np.bool_)
+        self.recomputable = np.array([o.recomputable for o in operators], np.bool_)
+        self.forward = np.array(sorted(flow.forward), np.int64)
+        self.made_forward = np.diff(self.writes_at)[self.forward]
+        self.writes_forward = np.array([v for i in self.forward for v in operators[i].writes], np.int64)
         self.anchored = np.array([o.backward and o.anchored for o in operators], np.bool_)
 
 
@@ -116,61 +159,80 @@ def _steps(
     start: Any,
     ephemeral: Any,
     order: Any,
+    operators: Any,
+    makes_at: Any,
+    makes: Any,
+    above: Any,
+    places: Any,
 ) -> Any:
-    """The operators of the steps, where what each makes begins, and the values made."""
+    """How many steps there are, and values made; -1 where there is no room for them."""
     live = start.copy()
-    operators = np.empty(2 * len(order) + 8, np.int64)
-    makes_at = np.zeros(2 * len(order) + 9, np.int64)
-    makes = np.empty(2 * len(writes) + 8, np.int64)
-    stack = np.empty((len(reads_at) + 1, 2), np.int64)
-    dropped = np.empty(len(live), np.int64)
     count = made = 0
     for anchor in order:
-        gone = 0
+        first = made
         for read in range(reads_at[anchor], reads_at[anchor + 1] + 1):
             depth = 0
             if read == reads_at[anchor + 1]:  # after all that it reads, the anchor itself
-                stack[0, 0], stack[0, 1], depth = anchor, reads_at[anchor + 1], 1
+                above[0], places[0], depth = anchor, reads_at[anchor + 1], 1
             elif not live[reads[read]]:
-                below = producer[reads[read]]
-                stack[0, 0], stack[0, 1], depth = below, reads_at[below], 1
+                above[0] = producer[reads[read]]
+                places[0], depth = reads_at[above[0]], 1
             while depth:
-                index, place = stack[depth - 1]
+                index, place = above[depth - 1], places[depth - 1]
                 while place < reads_at[index + 1] and live[reads[place]]:
                     place += 1
                 if place < reads_at[index + 1]:
-                    stack[depth - 1, 1] = place + 1
-                    below = producer[reads[place]]
-                    stack[depth, 0], stack[depth, 1] = below, reads_at[below]
+                    places[depth - 1] = place + 1
+                    above[depth] = producer[reads[place]]
+                    places[depth] = reads_at[above[depth]]
                     depth += 1
                     continue
                 depth -= 1
-                if made + len(live) > len(makes):
-                    makes = np.concatenate((makes, np.empty(len(makes) + len(live), np.int64)))
-                if count + 1 >= len(operators):
-                    operators = np.concatenate((operators, np.empty_like(operators)))
-                    makes_at = np.concatenate((makes_at, np.empty_like(makes_at)))
+                if max(count + 1, made + writes_at[index + 1] - writes_at[index]) >= len(operators):
+                    return -1, -1
                 before = made
-                for value in writes[writes_at[index] : writes_at[index + 1]]:
-                    if index == anchor or not live[value]:
-                        makes[made] = value
+                for k in range(writes_at[index], writes_at[index + 1]):
+                    if index == anchor or not live[writes[k]]:
+                        makes[made] = writes[k]
                         made += 1
-                        if index != anchor and ephemeral[value]:
-                            dropped[gone] = value
-                            gone += 1
-                live[makes[before:made]] = True
+                for k in range(before, made):
+                    live[makes[k]] = True
                 if made > before or index == anchor:
                     operators[count], makes_at[count + 1] = index, made
                     count += 1
-        live[dropped[:gone]] = False
-    return operators[:count], makes_at[: count + 1], makes[:made]
+        for k in range(first, made - (writes_at[anchor + 1] - writes_at[anchor])):
+            live[makes[k]] = not ephemeral[makes[k]]
+    return count, made
+
+
+def _needed(
+    reads_at: Any,
+    reads: Any,
+    writes_at: Any,
+    writes: Any,
+    forward: Any,
+    recomputable: Any,
+    end: Any,
+) -> Any:
+    """Which operators of the forward run so that the values of `end` are there."""
+    wanted, found = end.copy(), np.zeros(len(forward), np.bool_)
+    for place in range(len(forward) - 1, -1, -1):
+        index = forward[place]
+        found[place] = not recomputable[index]
+        for k in range(writes_at[index], writes_at[index + 1]):
+            found[place] = found[place] or wanted[writes[k]]
+        if found[place]:
+            for k in range(reads_at[index], reads_at[index + 1]):
+                wanted[reads[k]] = True
+    return found
 
 
 def _kept(reads_at: Any, reads: Any, operators: Any, start: Any, must_keep: Any) -> Any:
     """The values of `start` that a step reads, or that must be kept."""
     wanted = must_keep.copy()
     for index in operators:
-        wanted[reads[reads_at[index] : reads_at[index + 1]]] = True
+        for k in range(reads_at[index], reads_at[index + 1]):
+            wanted[reads[k]] = True
     return wanted & start
 
 
@@ -191,40 +253,42 @@ def _during(
     owned: Any,
 ) -> Any:
     """Bytes alive while each step runs."""
-    count = len(operators)
-    read_at = np.zeros(count + 1, np.int64)
-    for step in range(count):
-        index = operators[step]
-        read_at[step + 1] = read_at[step] + reads_at[index + 1] - reads_at[index]
-    dies = np.zeros(read_at[count], np.bool_)  # for each read of each step: it is the last
-    unread = np.zeros(count, np.int64)
-    needed = end.copy()
+    count, last = len(operators), np.full(len(nbytes), -1, np.int64)  # the step that reads it last
+    freed, dying = np.zeros(count, np.int64), np.zeros(len(makes) + len(nbytes), np.int64)
+    dying_at, found = np.zeros(count + 1, np.int64), 0
+    for value in range(len(nbytes)):
+        if end[value]:
+            last[value] = count
     for step in range(count - 1, -1, -1):
         index = operators[step]
-        for value in makes[makes_at[step] : makes_at[step + 1]]:
-            unread[step] += 0 if needed[value] else nbytes[value]
-        needed[makes[makes_at[step] : makes_at[step + 1]]] = False
-        for k in range(reads_at[index + 1] - reads_at[index]):
-            dies[read_at[step] + k] = not needed[reads[reads_at[index] + k]]
-        needed[reads[reads_at[index] : reads_at[index + 1]]] = True
+        for k in range(makes_at[step], makes_at[step + 1]):
+            if last[makes[k]] < 0:  # nobody reads it
+                freed[step] += nbytes[makes[k]]
+            last[makes[k]] = -1
+        for k in range(reads_at[index], reads_at[index + 1]):
+            if last[reads[k]] < 0:
+                last[reads[k]], dying[found] = step, reads[k]
+                freed[step] += nbytes[reads[k]]
+                found += 1
+        dying_at[step] = found  # those of later steps come first
     mine, during = owned.copy(), np.zeros(count, np.int64)
     live = nbytes[start].sum()
     for step in range(count):
-        index = operators[step]
-        new = makes[makes_at[step] : makes_at[step + 1]]
-        over, freed = False, unread[step]
-        for k in range(reads_at[index + 1] - reads_at[index]):
-            value = reads[reads_at[index] + k]
-            if dies[read_at[step] + k]:
-                freed += nbytes[value]
-                if mine[value] and len(new):
-                    over = over or value in reusable[reusable_at[index] : reusable_at[index + 1]]
-                mine[value] = False
+        index, over = operators[step], False
+        for k in range(dying_at[step + 1], dying_at[step]):
+            value = dying[k]
+            if mine[value] and makes_at[step + 1] > makes_at[step]:
+                for place in range(reusable_at[index], reusable_at[index + 1]):
+                    over = over or reusable[place] == value
+            mine[value] = False
         during[step] = live + workspace[index]
         if not over:
-            during[step] += nbytes[writes[writes_at[index] : writes_at[index + 1]]].sum()
-        live += nbytes[new].sum() - freed
-        mine[new] = True
+            for k in range(writes_at[index], writes_at[index + 1]):
+                during[step] += nbytes[writes[k]]
+        live -= freed[step]
+        for k in range(makes_at[step], makes_at[step + 1]):
+            live += nbytes[makes[k]]
+            mine[makes[k]] = True
     return during
 
 

@@ -201,7 +201,7 @@ def lowered(flow: Dataflow, choice: Choice, freedom: Freedom) -> Choice:
     for _ in range(LOWERINGS):
         for value in _kept_at_peak(flow, choice, now):
             keep, ephemeral = choice.keep - {value}, choice.ephemeral
-            made = _made_for(flow, value, keep)
+            made = made_for(flow, value, keep)
             if not all(flow.operators[flow.values[v].producer].recomputable for v in made):
                 continue
             if freedom.repeat:
@@ -232,7 +232,7 @@ def _kept_at_peak(flow: Dataflow, choice: Choice, step: StepMemory) -> list[int]
     return alive[:CANDIDATES]
 
 
-def _made_for(flow: Dataflow, value: int, keep: frozenset[int]) -> frozenset[int]:
+def made_for(flow: Dataflow, value: int, keep: frozenset[int]) -> frozenset[int]:
     """`value` and all that must be recomputed on the way to it."""
     found, stack = {value}, [value]
     while stack:

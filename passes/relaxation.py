@@ -1,20 +1,44 @@
-"""Recomputation that a choice does not need: values kept, or made once, where the peak allows it.
+"""Labels with less recomputation at the same peak: what is kept without need of more memory, what is
+exchanged for something that costs less, and what chance finds.
 
-A search for the least peak, or one that ends a little below its budget, recomputes values that could stay
-without anything rising above the limit. Here each is tried, the most expensive first.
+A search for the least peak, or one over spans, leaves three kinds of gain. Values are recomputed that
+could stay without anything rising above the limit. A value is kept whose bytes, at the peak, would let
+others stay that take longer to make. And some labels only pay together, which annealing finds. All of it
+is work on labels that are simulated in machine code, bounded by the steps that are simulated.
 """
 
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
 
 from graphopt.cost_models.fast_schedule import FastBackward, Profile
-from graphopt.cost_models.memory import Dataflow
+from graphopt.cost_models.memory import NO_PRODUCER, Dataflow
 from graphopt.passes.chain_solver import Choice
-from graphopt.passes.checkpoint_choice import pruned, step_of
+from graphopt.passes.checkpoint_choice import made_for, pruned, step_of
 
-WORK = 500_000  # steps of backwards that are simulated, at most
-ROUNDS = 3
+WORK = 1_000_000  # steps of backwards that each of the three may simulate
+REFUSED = 20_000  # as many steps is taken to be the simulation of one that does not fit after all
+ROUNDS = 6
+GIVEN_UP = 12  # of the groups of kept values that free the most bytes for their seconds
+EJECTIONS = 6  # groups that are given up for one value
+RUNS = 100  # of annealing, for each value that may change
+HEAT = 0.001  # of the step's seconds: the temperature at which annealing begins
+_EPSILON = 1e-12
+
+
+@dataclass(frozen=True)
+class Found:
+    """A choice, and its backward as simulated."""
+
+    choice: Choice
+    profile: Profile
+
+    @property
+    def seconds(self) -> float:
+        """Of recomputation."""
+        return self.profile.seconds
 
 
 def relaxed(flow: Dataflow, choice: Choice, limit_bytes: int) -> Choice:
@@ -24,38 +48,197 @@ def relaxed(flow: Dataflow, choice: Choice, limit_bytes: int) -> Choice:
     """
     if choice.forget:
         return choice
-    fast = FastBackward(flow, (), (), flow.gradients, ())
-    best, now = choice, fast.run(choice.keep, choice.ephemeral, choice.order)
-    trials = WORK // max(1, len(now.operators))
-    for _ in range(ROUNDS):
-        before = now.seconds
-        for value in _recomputed(flow, best, now):
-            for trial in _moves(best, value):
-                if trials == 0:
-                    return best
-                trials -= 1
-                found = fast.run(trial.keep, trial.ephemeral, trial.order)
-                if found.seconds < now.seconds and found.peak_bytes <= limit_bytes:
-                    trial = pruned(flow, trial)
-                    if step_of(flow, trial).peak_bytes <= limit_bytes:  # of the forward, too
-                        best, now = trial, found
-                        break
-        if now.seconds == before:
-            break
-    return best
+    search = _Search(flow, limit_bytes, np.array(choice.order, np.int64))
+    best = search.run(choice)
+    for improve in (search.fill, search.exchange, search.anneal):
+        search.left = WORK
+        best = improve(best)
+    return pruned(flow, best.choice)
 
 
-def _recomputed(flow: Dataflow, choice: Choice, profile: Profile) -> list[int]:
-    """The values of the forward that are made again, those first that take the most time."""
-    runs = Counter(profile.operators.tolist())
-    seconds = {
-        value: count * flow.operators[index].seconds
-        for index, count in runs.items()
-        if not flow.operators[index].backward
-        for value in flow.operators[index].writes
-        if value not in choice.keep
-    }
-    return sorted(seconds, key=lambda v: (-seconds[v], v))
+class _Search:
+    """Labels of one dataflow, simulated until `left` steps are."""
+
+    def __init__(self, flow: Dataflow, limit_bytes: int, order: np.ndarray) -> None:
+        self.flow, self.limit, self.order, self.left = flow, limit_bytes, order, 0
+        self._fast = FastBackward(flow, (), (), flow.gradients, ())
+        self._has_states = any(o.state is not None for o in flow.operators)
+
+    def run(self, choice: Choice) -> Found:
+        """The backward of `choice`."""
+        profile = self._fast.run(choice.keep, choice.ephemeral, self.order)
+        self.left -= len(profile.operators)
+        return Found(choice, profile)
+
+    def fits(self, found: Found) -> bool:
+        """Whether its backward does."""
+        return found.profile.peak_bytes <= self.limit
+
+    def accepted(self, found: Found) -> Found | None:
+        """`found` without what is kept for nothing, if the whole step fits, too."""
+        choice = replace(found.choice, keep=found.profile.kept)
+        peak = self._fast.forward_peak(choice.keep)
+        if peak <= self.limit and self._has_states:  # of generators, which take memory, too
+            peak = step_of(self.flow, choice).peak_bytes
+        if peak > self.limit:
+            self.left -= REFUSED
+            return None
+        return replace(found, choice=choice)
+
+    # --- values that can stay ------------------------------------------------------------------
+
+    def fill(self, best: Found) -> Found:
+        """Keep, or make once, whatever the limit allows; what takes the most time first."""
+        for _ in range(ROUNDS):
+            filled = self.filled(best, frozenset())
+            if filled.seconds >= best.seconds - _EPSILON:
+                return best
+            best = filled
+        return best
+
+    def filled(self, best: Found, without: Collection[int], below: float | None = None) -> Found:
+        """One round, which leaves `without` alone and stops where it cannot come `below` any more."""
+        saving = self._made_again(best)
+        rest = sum(saving.values())
+        for value in sorted(saving, key=lambda v: (-saving[v], v)):
+            if self.left <= 0 or (below is not None and best.seconds - rest >= below):
+                break
+            rest -= saving[value]
+            for trial in () if value in without else _moves(best.choice, value):
+                found = self.run(trial)
+                is_better = found.seconds < best.seconds and self.fits(found)
+                if is_better and (whole := self.accepted(found)) is not None:
+                    best = whole
+                    break
+        return best
+
+    def _made_again(self, found: Found) -> dict[int, float]:
+        """The values of the forward that are made again, and the seconds that their operators take."""
+        flow = self.flow
+        runs = Counter(found.profile.operators.tolist())
+        return {
+            value: count * flow.operators[index].seconds
+            for index, count in runs.items()
+            if not flow.operators[index].backward
+            for value in flow.operators[index].writes
+            if value not in found.choice.keep
+        }
+
+    # --- values that make room for others ------------------------------------------------------
+
+    def exchange(self, best: Found) -> Found:
+        """Give up kept values where others that then stay take longer to make."""
+        for _ in range(ROUNDS):
+            before = best.seconds
+            for group in self._cheapest(best)[:GIVEN_UP]:
+                for is_ephemeral in (False, True):
+                    if group <= best.choice.keep and self.left > 0:
+                        trial = self.run(self._without(best.choice, group, is_ephemeral))
+                        best = self._better(best, trial if self.fits(trial) else None, group)
+            for value in self._made_again(best):
+                for is_ephemeral in (False, True):
+                    for is_capped in (True, False):
+                        if value not in best.choice.keep and self.left > 0:
+                            trial, gone = self._ejected(best, value, is_ephemeral, is_capped)
+                            best = self._better(best, trial, gone)
+            if best.seconds >= before - _EPSILON:
+                break
+        return best
+
+    def _better(self, best: Found, trial: Found | None, without: Collection[int]) -> Found:
+        """`trial`, filled up, if it takes less time than `best`."""
+        if trial is None:
+            return best
+        found = self.filled(trial, without, best.seconds)
+        if found.seconds >= best.seconds - _EPSILON:
+            return best
+        return self.accepted(found) or best
+
+    def _ejected(
+        self, best: Found, value: int, is_ephemeral: bool, is_capped: bool
+    ) -> tuple[Found | None, frozenset[int]]:
+        """`value` kept, and what was given up at the peaks for that; None where it does not fit.
+
+        Where `is_capped`, bytes beyond those that are too many count for nothing.
+        """
+        gone: frozenset[int] = frozenset()
+        choice = next(_moves(best.choice, value))
+        for _ in range(EJECTIONS):
+            found = self.run(choice)
+            if self.fits(found) or self.left <= 0:
+                return (found if self.fits(found) else None), gone
+            excess = found.profile.peak_bytes - self.limit
+            groups = self._groups(choice, self._at_peak(found), best.seconds, value)
+            if not groups:
+                break
+            worth = {g: s / (min(n, excess) if is_capped else n) for g, (s, n) in groups.items()}
+            group = min(worth, key=lambda g: (worth[g], sorted(g)))
+            gone, choice = gone | group, self._without(choice, group, is_ephemeral)
+        return None, gone
+
+    def _at_peak(self, found: Found) -> list[int]:
+        """The kept values that are alive where the backward is at its peak."""
+        profile = found.profile
+        peak = int(profile.during.argmax())
+        read = {v for i in profile.operators[peak:].tolist() for v in self.flow.own_reads[i]}
+        return [v for v in found.choice.keep if v in read]
+
+    def _cheapest(self, best: Found) -> list[frozenset[int]]:
+        """Groups of kept values, those first that free the most bytes for their seconds."""
+        groups = self._groups(best.choice, best.choice.keep, best.seconds, None)
+        return sorted(groups, key=lambda g: (groups[g][0] / groups[g][1], sorted(g)))
+
+    def _groups(
+        self, choice: Choice, values: Iterable[int], most: float, without: int | None
+    ) -> dict[frozenset[int], tuple[float, int]]:
+        """Kept results of one operator that can be made again in less than `most`: seconds and bytes."""
+        flow, found = self.flow, dict[frozenset[int], tuple[float, int]]()
+        for producer in {flow.values[v].producer for v in values} - {NO_PRODUCER}:
+            group = (frozenset(flow.operators[producer].writes) & choice.keep) - {without}
+            nbytes = sum(flow.sizes[v] for v in group)
+            if not nbytes:
+                continue
+            made = made_for(flow, min(group), choice.keep - group)
+            makers = [flow.operators[i] for i in {flow.values[v].producer for v in made}]
+            seconds = sum(o.seconds for o in makers)
+            if all(o.recomputable for o in makers) and seconds < most:
+                found[group] = seconds, nbytes
+        return found
+
+    def _without(self, choice: Choice, group: frozenset[int], is_ephemeral: bool) -> Choice:
+        """`group` made again: once, or with all on the way to it for each use."""
+        keep, ephemeral = choice.keep - group, choice.ephemeral
+        if is_ephemeral:
+            ephemeral = ephemeral.union(*(made_for(self.flow, v, keep) for v in group))
+        return replace(choice, keep=keep, ephemeral=ephemeral)
+
+    # --- chance --------------------------------------------------------------------------------
+
+    def anneal(self, best: Found) -> Found:
+        """Change a few labels at random, also to what takes more time, the less so the later."""
+        flow, choice = self.flow, best.choice
+        values = sorted(v for v in {*choice.keep, *self._made_again(best)} if _can_change(flow, v))
+        if not values or best.seconds <= 0:
+            return best
+        runs = min(self.left // max(1, len(best.profile.operators)), RUNS * len(values))
+        random = np.random.default_rng(0)
+        labels = _masks(len(flow.values), choice)
+        now, heat = best.seconds, HEAT * sum(o.seconds for o in flow.operators)
+        for number in range(runs):
+            if self.left <= 0:
+                break
+            trial = labels.copy()
+            for value in random.choice(values, random.integers(1, 4)):
+                label = random.integers(3)  # kept, made for each use, made once
+                trial[:, value] = label == 0, label == 1
+            profile = self._fast.run(trial[0], trial[1], self.order)
+            allowed = now - heat * (1 - number / runs) ** 2 * np.log(random.random())
+            if profile.peak_bytes > self.limit or profile.seconds > allowed:
+                continue
+            labels, now = trial, profile.seconds
+            if now < best.seconds - _EPSILON:
+                best = self.accepted(Found(_choice(choice, labels), profile)) or best
+        return best
 
 
 def _moves(choice: Choice, value: int) -> Iterator[Choice]:
@@ -64,3 +247,20 @@ def _moves(choice: Choice, value: int) -> Iterator[Choice]:
     yield replace(choice, keep=choice.keep | {value}, ephemeral=held)
     if value in choice.ephemeral:
         yield replace(choice, ephemeral=held)
+
+
+def _can_change(flow: Dataflow, value: int) -> bool:
+    producer = flow.values[value].producer
+    return producer != NO_PRODUCER and flow.operators[producer].recomputable
+
+
+def _masks(count: int, choice: Choice) -> np.ndarray:
+    """Which values are kept, and which are made for each use, bool[2, count]."""
+    found = np.zeros((2, count), np.bool_)
+    found[0, list(choice.keep)] = found[1, list(choice.ephemeral)] = True
+    return found
+
+
+def _choice(choice: Choice, labels: np.ndarray) -> Choice:
+    keep, ephemeral = (frozenset(np.flatnonzero(mask).tolist()) for mask in labels)
+    return replace(choice, keep=keep, ephemeral=ephemeral)

@@ -7,7 +7,7 @@ from random_flows import FlowBuilder, blocks, training_flows
 
 from graphopt.cost_models.fast_schedule import FastBackward
 from graphopt.cost_models.memory import Dataflow
-from graphopt.cost_models.schedule import anchors, backward_steps, simulate
+from graphopt.cost_models.schedule import anchors, backward_steps, forward_steps, simulate
 
 
 def assert_same(
@@ -77,3 +77,12 @@ def test_many_recomputations_and_none() -> None:
     values = {v for i in flow.forward for v in flow.operators[i].writes}
     assert_same(flow, set(), values, anchors(flow), set(), set(), set(flow.gradients), set())
     assert_same(flow, values, set(), [], set(), set(), set(), set())
+
+
+@settings(max_examples=200)
+@given(training_flows(operators=8), st.data())
+def test_the_forwards_peak_is_the_plain_ones(flow: Dataflow, data: st.DataObject) -> None:
+    forward = [v for i in flow.forward for v in flow.operators[i].writes]
+    keep = data.draw(st.sets(st.sampled_from(forward)), "keep")
+    plain = simulate(flow, forward_steps(flow, keep), (), {*keep, *flow.outputs})
+    assert FastBackward(flow, (), (), flow.gradients, ()).forward_peak(keep) == plain.peak_bytes
