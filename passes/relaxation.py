@@ -139,8 +139,8 @@ class _Search:
                 for is_ephemeral in (False, True):
                     for is_capped in (True, False):
                         if value not in best.choice.keep and self.left > 0:
-                            trial, gone = self._ejected(best, value, is_ephemeral, is_capped)
-                            best = self._better(best, trial, gone)
+                            kept, gone = self._ejected(best, value, is_ephemeral, is_capped)
+                            best = self._better(best, kept, gone)
             if best.seconds >= before - _EPSILON:
                 break
         return best
