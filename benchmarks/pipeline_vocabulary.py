@@ -2,11 +2,11 @@
 
     python benchmarks/pipeline_vocabulary.py [--words 32000,128000] [--ranks 2,4] [--rounds 5]
 
-A transformer of eight blocks trains with AdamW on gloo ranks. Memory is how much the resident memory of a
-rank's process grows, at its highest, from before the model is made to the end of a step and of the
-optimizer, with the optimizer's states there; each pipeline is measured in processes of its own. Seconds of
-a step, the optimizer's left out, are medians of interleaved rounds in one group, from the first rank that
-begins to the last that ends. Where there are more ranks than cores, they say little, and are left out.
+A transformer of eight blocks trains with AdamW on gloo ranks. Memory is how much the resident memory
+of a rank's process grows, at its highest, from before the model is made to the end of a step and of the
+optimizer, with the optimizer's states there; each pipeline is measured in processes of its own. Seconds
+of a step, the optimizer's left out, are medians of interleaved rounds in one group, from the first rank
+that begins to the last that ends. Where there are more ranks than cores, they are left out.
 """
 
 import argparse
@@ -70,6 +70,7 @@ def costs_of(words: int) -> tuple[StageCost, float]:
 
 
 def make_block() -> nn.Module:
+    """A layer of the transformer."""
     return nn.TransformerEncoderLayer(WIDTH, 4, 4 * WIDTH, dropout=0.0, batch_first=True)
 
 
@@ -135,7 +136,7 @@ def memory_of(name: str, words: int, ranks: int) -> dict[str, Any]:
     before = high_water(lambda: None)
     pipeline = Pipeline(name, words, plan)
     pipeline.train()
-    loss = float(torch.stack(pipeline.losses).mean()) if pipeline.losses else 0.0
+    loss = float(torch.stack(pipeline.losses).detach().mean()) if pipeline.losses else 0.0
     grown: list[Any] = [None] * ranks
     dist.all_gather_object(grown, high_water(pipeline.train) - before)
     losses: list[Any] = [None] * ranks
@@ -179,7 +180,7 @@ def on_ranks(names: Sequence[str], words: int, ranks: int, rounds: int) -> Any:
 def report(rows: Sequence[dict[str, Any]]) -> str:
     """A table for each size, and the bars."""
     parts = [
-        f"{BLOCKS} blocks of width {WIDTH}, {MICROBATCHES} microbatches of {LENGTH} tokens, float32, AdamW."
+        f"{BLOCKS} blocks of width {WIDTH}, {MICROBATCHES} microbatches of {LENGTH} tokens, float32."
     ]
     for words, ranks in dict.fromkeys((r["words"], r["ranks"]) for r in rows):
         mine = [r for r in rows if (r["words"], r["ranks"]) == (words, ranks)]
