@@ -4,9 +4,13 @@ import hashlib
 import io
 import json
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from graphopt.cost_models.overlap_run import Run
 from graphopt.cost_models.task_graph import COMPUTE
+
+if TYPE_CHECKING:
+    from rich.text import Text
 
 _MICRO = 1e6  # a trace counts in microseconds
 _GLYPHS = " ░▒▓█"
@@ -99,23 +103,34 @@ def svg_timelines(timelines: Mapping[str, Sequence[Span]], title: str = "", widt
     >>> svg_timelines({"plan": [("a", "compute", 0.0, 2.0)]}).splitlines()[0][:4]
     '<svg'
     """
-    from rich.console import Console
     from rich.text import Text
 
     spans = [span for found in timelines.values() for span in found]
     total = max((end for _, _, _, end in spans), default=0.0)
     channels = tuple(dict.fromkeys((COMPUTE, *(channel for _, channel, _, _ in spans))))
     label = max(map(len, channels))
-    console = Console(record=True, file=io.StringIO(), width=label + width + 14, color_system="truecolor")
+    lines = []
     for name, found in timelines.items():
         seconds = max((end for _, _, _, end in found), default=0.0)
-        console.print(Text(f"{name}: {seconds * 1e3:.3f} ms", "bold"))
+        lines.append(Text(f"{name}: {seconds * 1e3:.3f} ms", "bold"))
         for place, channel in enumerate(channels):
             cells, busy = _cells(found, channel, total, width)
             line = Text(f"{channel:<{label}} │").append(cells, _COLOURS[place % len(_COLOURS)])
             share = 100 * busy * total / seconds if seconds else 0.0
-            console.print(line.append(f"│ {share:.0f} % busy"), overflow="crop", no_wrap=True)
-    identity = hashlib.sha256(repr((title, list(timelines.items()))).encode()).hexdigest()[:12]
+            lines.append(line.append(f"│ {share:.0f} % busy"))
+    return svg_of(lines, title, label + width + 14)
+
+
+def svg_of(lines: "Sequence[Text]", title: str, width: int) -> str:
+    """An SVG of lines of styled text, `width` characters wide; the same one for the same lines."""
+    from rich.console import Console
+
+    console = Console(record=True, file=io.StringIO(), width=width, color_system="truecolor")
+    for line in lines:
+        console.print(line, overflow="crop", no_wrap=True)
+    identity = hashlib.sha256(repr((title, [(x.plain, x.spans) for x in lines])).encode()).hexdigest()[
+        :12
+    ]
     return console.export_svg(title=title, unique_id=f"timeline-{identity}")
 
 

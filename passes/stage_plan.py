@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from graphopt.cost_models.devices import format_bytes
 from graphopt.cost_models.run_timeline import chrome_trace
-from graphopt.cost_models.stage_chart import gantt
+from graphopt.cost_models.stage_chart import gantt, gantt_svg
 from graphopt.errors import PlanError
 from graphopt.plan import Plan
 
@@ -127,6 +127,10 @@ class PipelinePlan(Plan):
     def gantt(self, width: int = 100) -> str:
         """A chart in text: a row of `width` cells for each device."""
         return gantt(self.orders, self.begin_s, self.end_s, width)
+
+    def svg(self, width: int = 120) -> str:
+        """The chart as an SVG."""
+        return gantt_svg(self.orders, self.begin_s, self.end_s, self.schedule, width)
 
     def chrome_trace(self) -> str:
         """JSON for `chrome://tracing` or Perfetto, with a lane for each device."""

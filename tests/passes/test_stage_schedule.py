@@ -1,8 +1,10 @@
 """Plans of pipelines: chosen within the memory, stored, drawn, and refused where they are wrong."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -44,6 +46,13 @@ def test_plans_are_stored_and_above_their_bound(schedule: str) -> None:
     events = [e for e in json.loads(plan.chrome_trace())["traceEvents"] if e["ph"] == "X"]
     assert len(events) == sum(map(len, plan.orders))
     assert len(plan.gantt().splitlines()) == 4 + 2 and plan.table() == plan.gantt()
+    drawn = ElementTree.fromstring(plan.svg(40))
+    texts = "".join(drawn.itertext())
+    assert all(f"device\u00a0{d}\u00a0│" in texts for d in range(plan.devices))
+    colours = {
+        c for text in (drawn.find("{*}style").text or "",) for c in re.findall("fill: (#[0-9a-f]+)", text)
+    }
+    assert len(colours) >= 4 and plan.svg(40) == plan.svg(40)
 
 
 def test_best_within_the_memory() -> None:
