@@ -15,6 +15,7 @@ from those rows. Not compared is the MFU of "interlaced": nothing here says what
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ TIE = 0.02  # methods whose published figures differ by less may come in either 
 # Float32 copies alive at the peak, fitted to 24 cells: of the local logits; and, where the vocabulary is
 # split, of hidden states (broadcast to all devices, their gradients, embeddings of microbatches ahead).
 LOGITS_COPIES, HIDDEN_COPIES = 3.0, 13.0
+BLOCK = 2048  # words of the logits that are there at a time, where they are streamed
 GIB = 2**30
 
 
@@ -261,12 +263,24 @@ RULES: dict[str, dict[str, float]] = {
 
 
 def memory_gib(
-    method: str, devices: int, model: Mapping[str, int], sequence: int, vocabulary: int
+    method: str,
+    devices: int,
+    model: Mapping[str, int],
+    sequence: int,
+    vocabulary: int,
+    block: int | None = None,
 ) -> float:
-    """The peak of the fullest device: 16 bytes a parameter, 34 of each activation, and the logits."""
+    """The peak of the fullest device: 16 bytes a parameter, 34 of each activation, and the logits.
+
+    `block`: of the logits no more than so many words are there at a time.
+    """
     layers, hidden = model["layers"] / devices, model["hidden"]
     live = 34 * sequence * hidden * layers
     logits = LOGITS_COPIES * 4 * sequence * vocabulary
+    if block is not None:
+        logits = (
+            LOGITS_COPIES * 4 * sequence * block * (1 if method in ("baseline", "redis") else devices)
+        )
     if method in ("baseline", "redis"):
         one = 16 * parameters(layers, hidden, vocabulary)
         return max(one + devices * live, one + live + logits) / GIB
@@ -286,6 +300,28 @@ def memory_rows() -> list[dict[str, Any]]:
                 found = memory_gib(method, 8, data["models_1f1b"]["8"], sequence, vocabulary)
                 row = {"method": method, "sequence": sequence, "vocabulary": vocabulary}
                 rows.append(row | {"gib": (published, found), "error": found / published - 1})
+    return rows
+
+
+def streamed_rows() -> list[dict[str, Any]]:
+    """What the 24 cells would take if logits were made in blocks, and made again for the gradients.
+
+    Where there are pass times, also milliseconds of an iteration, S and T with 8 in place of 6 FLOPs.
+    """
+    data, rows = read("vocabulary_pipeline"), memory_rows()
+    timed = {(r["method"], r["sequence"], r["vocabulary"]): r for r in data["pass_times_ms"]}
+    for row in rows:
+        key = row["method"], row["sequence"], row["vocabulary"]
+        row["streamed"] = memory_gib(key[0], 8, data["models_1f1b"]["8"], *key[1:], block=BLOCK)
+        if key in timed:
+            costs, split = vocabulary_costs(data, timed[key])
+            both = split.s_s + split.t_s
+            more = replace(split, **{"vocab-1": {"t_s": both}, "vocab-2": {"t_s": 2 * split.t_s}}[key[0]])
+            seconds = [
+                vocabulary_run("1f1b", key[0], costs, cost, data["microbatches"]).seconds
+                for cost in (split, more)
+            ]
+            row["longer"] = seconds[1] / seconds[0] - 1
     return rows
 
 
@@ -428,6 +464,16 @@ def text_of(results: Mapping[str, list[dict[str, Any]]]) -> str:
         for r in results["greedy"]
     ]
     memory = max(abs(r["error"]) for r in results["memory"])
+    streamed = [
+        [
+            *(r[k] for k in ("method", "sequence", "vocabulary")),
+            f"{r['gib'][1]:.2f}",
+            f"{r['streamed']:.2f}",
+            f"{1 - r['streamed'] / r['gib'][1]:.1%}",
+            f"{r['longer']:+.1%}" if "longer" in r else "",
+        ]
+        for r in results["streamed"]
+    ]
     wrong = [r for r in results["orderings"] if r["inversions"]]
     blocks = [
         "Published paths of SkipPipe's instance, seconds.",
@@ -444,6 +490,9 @@ def text_of(results: Mapping[str, list[dict[str, Any]]]) -> str:
         ),
         f"Worst error of a time {late:.2%} (bar {BAR_TIME:.0%}: {late <= BAR_TIME}), of the memory of 24 "
         f"cells {memory:.2%} (bar {BAR_MEMORY:.0%}: {memory <= BAR_MEMORY}).",
+        f"The same cells with the logits in blocks of {BLOCK} words, made again for the gradients "
+        "(simulated; nobody has published such a run): GiB, and how much longer an iteration takes.",
+        table(["method", "sequence", "vocabulary", "GiB", "streamed", "less", "longer"], streamed),
         "How much longer a device takes that runs whatever has arrived, by which pass it prefers:",
         table(["method", "sequence", "vocabulary", *RULES], greedy),
         f"Order of methods in {len(results['orderings'])} cells of the tables of MFU and memory (figures "
@@ -466,7 +515,7 @@ def main() -> None:
 
     setup()
     results = {"skippipe": skippipe(), "times": vocabulary_times(), "greedy": greedy_times()}
-    results |= {"memory": memory_rows(), "orderings": orderings()}
+    results |= {"memory": memory_rows(), "streamed": streamed_rows(), "orderings": orderings()}
     write("published_pipeline", "Published pipelines, simulated", results, text_of(results))
 
 
