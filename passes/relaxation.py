@@ -18,12 +18,12 @@ from graphopt.cost_models.memory import NO_PRODUCER, Dataflow
 from graphopt.passes.chain_solver import Choice
 from graphopt.passes.checkpoint_choice import made_for, pruned, step_of
 
-WORK = 1_000_000  # steps of backwards that each of the three may simulate
+WORK = 2_000_000  # steps of backwards that each of the three may simulate
 REFUSED = 20_000  # as many steps is taken to be the simulation of one that does not fit after all
 ROUNDS = 6
 GIVEN_UP = 12  # of the groups of kept values that free the most bytes for their seconds
 EJECTIONS = 6  # groups that are given up for one value
-RUNS = 100  # of annealing, for each value that may change
+RUNS = 300  # of annealing, for each value that may change
 HEAT = 0.001  # of the step's seconds: the temperature at which annealing begins
 _EPSILON = 1e-12
 
