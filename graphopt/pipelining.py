@@ -7,6 +7,8 @@ A plan runs on torch's own runtime: its actions, its stages, its backward in two
   reads them by number: where the last stage runs microbatches in another order, it trains on the wrong
   gradients without an error;
 - a stage may be on several devices, whose gradients are summed after the step;
+- a parameter of several stages on one device is divided by the number of microbatches once. torch does
+  so for every stage that has it;
 - the passes S and T of a split vocabulary run as the custom functions of two kinds of actions that
   nothing else uses here, those that gather and free the parameters of FSDP.
 """
@@ -51,6 +53,7 @@ CLASSES: dict[str, tuple[str, ...]] = {
         "get_fwd_send_ops",
         "get_local_bwd_output",
         "perform_reduce_grad",
+        "scale_grads",
         "set_local_bwd_input",
         "set_local_fwd_input",
     ),
@@ -131,6 +134,14 @@ class RoutedStage(pipelining.PipelineStage):
         """torch's."""
         super().clear_runtime_states()
         self._order.clear()
+
+    def scale_grads(self, grad_scale_factor: int) -> None:
+        """torch's, but a parameter that several stages of this device have is scaled once."""
+        before = [s for index, s in self._here.items() if index < self.stage_index]
+        scaled = {id(p) for s in before for p in s.submod.parameters()}
+        for parameter in self.submod.parameters():
+            if parameter.grad is not None and id(parameter) not in scaled:
+                parameter.grad.div_(grad_scale_factor)
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
         """The receives of a microbatch's activations; none where they come from this device."""

@@ -40,7 +40,9 @@ MODULE_FLOORS = {
     **dict.fromkeys(["cache_rows", "draft_length", "speculative", "speculative_rounds"], 4),
     **dict.fromkeys(["calibrate_command", "kernels_command", "skip_command", "skip_report"], 4),
     **dict.fromkeys(["distributed", "pipeline_transfers", "pipelining"], 4),
-    **dict.fromkeys(["lane", "pipeline_vocabulary", "vocab_sweeps", "vocabulary_passes"], 4),
+    **dict.fromkeys(
+        ["lane", "pipeline_vocabulary", "stage_modules", "vocab_sweeps", "vocabulary_passes"], 4
+    ),
 }
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
