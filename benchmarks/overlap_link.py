@@ -128,8 +128,9 @@ class InductorOrder(OverlapComm):
 
     def plan(self, program: Program, costs: Costs) -> OverlapPlan:
         """What `OverlapComm` plans, but for the order."""
-        plan = OverlapComm(split=self.parts).plan(program, costs)
-        changed = cut(program, Batch(plan.batch, plan.parts), plan.cut).program if plan.cut else program
+        plan, changed = OverlapComm(split=self.parts).plan(program, costs), program
+        if plan.cut:
+            changed = cut(program, Batch(plan.batch, plan.parts, plan.along), plan.cut).program
         order = inductor_order(changed, costs.with_nodes(changed.graph.nodes), plan)
         return replace(plan, order=tuple(order))
 
@@ -331,7 +332,8 @@ def main() -> None:
     found = ranks_found(options)
     kept = stored("overlap_link", {})
     for mode, item in found.items():
-        case = f"{options.model}, {mode}{', plain threads' if options.plain_threads else ''}"
+        case = f"{options.model}, {mode}{', one text' if options.batch == 1 else ''}"
+        case += ", plain threads" if options.plain_threads else ""
         kept[case] = {"options": vars(options), "found": item}
     write("overlap_link", "Tensor parallel models, two ranks joined by a slow link", kept, text_of(kept))
 

@@ -75,12 +75,14 @@ class LinkCosts:
 
     `samples` are (bytes that a rank puts in, seconds) by kind of collective: between them time is
     interpolated, beyond them it follows the line fitted to them. A kind that was not measured takes
-    what the ring on `cluster` takes. `contention` is k as above.
+    what the ring on `cluster` takes. `contention` is k as above, measured give or take
+    `contention_spread`.
     """
 
     cluster: Cluster
     samples: Mapping[str, Samples] = field(default_factory=dict)
     contention: float = 0.0
+    contention_spread: float = 0.0
 
     def timing(self, collective: Collective) -> Timing:
         """Seconds of `collective`, from the best source there is."""
@@ -114,18 +116,6 @@ def overlapped_seconds(compute_s: float, transfer_s: float, contention: float = 
     (3.0, 4.0, 5.0)
     """
     return max(compute_s, transfer_s) + contention * min(compute_s, transfer_s)
-
-
-def contention_of(compute_s: float, transfer_s: float, both_s: float) -> float:
-    """The k by which computing and a transfer, each timed alone, explain the time of both; from 0 to 1.
-
-    >>> round(contention_of(3.0, 2.0, 4.0), 6), contention_of(3.0, 2.0, 2.9), contention_of(3.0, 0.0, 3.0)
-    (0.5, 0.0, 0.0)
-    """
-    if min(compute_s, transfer_s) <= 0:
-        return 0.0
-    share = (both_s - max(compute_s, transfer_s)) / min(compute_s, transfer_s)
-    return min(1.0, max(0.0, share))
 
 
 def best_split(compute_s: float, transfer_s: float, part_s: float, most: int = 32) -> int:

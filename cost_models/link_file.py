@@ -23,6 +23,7 @@ def links_to_json(links: LinkCosts) -> str:
     data = {
         "graphopt_links": _FORMAT,
         "contention": links.contention,
+        "contention_spread": links.contention_spread,
         "collectives": collectives,
         "cluster": asdict(links.cluster),
     }
@@ -48,7 +49,8 @@ def read_links(path: str | Path) -> LinkCosts:
         samples = {kind: tuple((int(n), float(s)) for n, s in item) for kind, item in found.items()}
         for item in samples.values():
             fitted(item)
-        return LinkCosts(_cluster(data["cluster"]), samples, float(data["contention"]))
+        share, spread = float(data["contention"]), float(data.get("contention_spread", 0.0))
+        return LinkCosts(_cluster(data["cluster"]), samples, share, spread)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise GraphoptError(f"{path} is incomplete: {type(error).__name__} {error}") from error
 

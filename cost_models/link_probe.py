@@ -7,14 +7,16 @@ from typing import Any
 
 import torch
 
+from graphopt.cost_models.contention import ENOUGH, Contention, Repetition, contention, undisturbed
 from graphopt.cost_models.devices import Cluster
-from graphopt.cost_models.link_costs import LinkCosts, Samples, contention_of
+from graphopt.cost_models.link_costs import LinkCosts, Samples
 from graphopt.errors import PlanError
-from graphopt.ranks import outside_tracing, size_of
+from graphopt.ranks import largest, outside_tracing, size_of
 
 LARGEST_BYTES = 2**26  # put in; larger transfers follow the line through the smaller ones
 _SIZES = 5
 _REPEATS = 9
+_BATCHES = 3  # of repetitions that show how much a transfer slows down computing
 _SIDE = 256  # of the matrices that are multiplied beside a transfer
 
 
@@ -31,11 +33,11 @@ def measured_links(
     try:
         with outside_tracing():
             samples = _samples(group, wanted, device)
-            contention = _contention(group, samples, device) if samples else 0.0
+            found = _contention(group, samples, device) if samples else Contention(0.0, 0.0, 0)
     except RuntimeError as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise PlanError(f"the links of group {group} could not be measured: {reason}") from error
-    return LinkCosts(cluster, samples, contention)
+    return LinkCosts(cluster, samples, found.share, found.spread)
 
 
 def _samples(group: str, wanted: Mapping[str, Iterable[int]], device: torch.device) -> dict[str, Samples]:
@@ -96,9 +98,12 @@ def _in_turn(runs: Sequence[Callable[[], float]]) -> list[float]:
     return [statistics.median(column) for column in zip(*rounds[1:], strict=True)]
 
 
-def _contention(group: str, samples: Mapping[str, Samples], device: torch.device) -> float:
-    """k, from the largest transfer beside matrix products that take about as long."""
-    kind, (nbytes, sent_s) = max(((k, max(s)) for k, s in samples.items()), key=lambda item: item[1])
+def _contention(group: str, samples: Mapping[str, Samples], device: torch.device) -> Contention:
+    """k, from the largest transfer beside matrix products that take about as long.
+
+    All ranks repeat it as often: until each has enough repetitions, or `_BATCHES` batches of them.
+    """
+    kind, (nbytes, sent_s) = _largest_of(samples)
     square = torch.zeros(_SIDE, _SIDE, device=device)
     times = 1
 
@@ -107,14 +112,42 @@ def _contention(group: str, samples: Mapping[str, Samples], device: torch.device
             square @ square
         _synchronize(device)
 
-    def alone() -> float:
-        begin = time.perf_counter()
-        multiply()
-        return time.perf_counter() - begin
-
-    times = max(1, round(sent_s / _in_turn([alone])[0]))
+    work = _Work(multiply, on_processor=device.type == "cpu")
+    times = max(1, round(sent_s / _in_turn([work.alone])[0]))
     start = _starter(kind, nbytes, group, device)
-    return contention_of(*_in_turn([alone, _transfer(start, device), _transfer(start, device, multiply)]))
+    transfer, both = _transfer(start, device), _transfer(start, device, work)
+    found: list[Repetition] = []
+    for _ in range(_BATCHES):
+        for _ in range(ENOUGH):
+            compute_s, held = work.alone(), work.held
+            sent_s, both_s = transfer(), both()
+            found.append(Repetition(compute_s, sent_s, both_s, min(held, work.held)))
+        if not any(largest([group], [len(undisturbed(found)) < ENOUGH], "whether to repeat")):
+            break
+    return contention(found)
+
+
+def _largest_of(samples: Mapping[str, Samples]) -> tuple[str, tuple[int, float]]:
+    """The kind of the most bytes, the first of them on every rank; seconds differ between ranks."""
+    return max(((kind, max(s)) for kind, s in samples.items()), key=lambda item: item[1][0])
+
+
+class _Work:
+    """Something to compute, and which share of the processor the process `held` when it last did."""
+
+    def __init__(self, compute: Callable[[], None], *, on_processor: bool) -> None:
+        self._compute, self._on_processor, self.held = compute, on_processor, 1.0
+
+    def __call__(self) -> None:
+        self.alone()
+
+    def alone(self) -> float:
+        """Compute; the seconds it took. Threads of a process group count as the process does."""
+        begin, own = time.perf_counter(), time.process_time()
+        self._compute()
+        seconds, own = time.perf_counter() - begin, time.process_time() - own
+        self.held = min(1.0, own / seconds) if self._on_processor and seconds > 0 else 1.0
+        return seconds
 
 
 def _synchronize(device: torch.device) -> None:

@@ -45,7 +45,8 @@ def run(options: argparse.Namespace) -> None:
         links = calibrated(device)
         if torch.distributed.get_rank() == 0:
             write_text(options.json, links_to_json(links))
-            title = f"{links.cluster.source}, contention {links.contention:.2f}"
+            share = f"{links.contention:.2f} +- {links.contention_spread:.2f}"
+            title = f"{links.cluster.source}, contention {share}"
             print_table(title, ("collective", "alpha", "per GB", "largest"), _rows(links))
     finally:
         torch.distributed.destroy_process_group()
@@ -73,13 +74,15 @@ def calibrated(device: "torch.device") -> "LinkCosts":
     own = measured_links(group, dict.fromkeys(KINDS, sizes), device, unknown)
     keys = [(kind, n) for kind, samples in own.samples.items() for n, _ in samples]
     seconds = [s for samples in own.samples.values() for _, s in samples]
-    *slowest, contention = largest([group], [*seconds, own.contention], "the times")
+    numbers = [*seconds, own.contention, own.contention_spread]
+    *slowest, share, spread = largest([group], numbers, "the times")
     pairs = list(zip(keys, slowest, strict=True))
     found = {kind: tuple((n, s) for (k, n), s in pairs if k == kind) for kind in own.samples}
     line, steps = fitted(found["all_reduce"]), 2 * (count - 1)
     source = f"measured on {count} ranks with {torch.distributed.get_backend()}"
     rate = steps / count / max(line.beta_s, 1e-15)
-    return LinkCosts(Cluster(GENERIC_CPU, count, rate, line.alpha_s / steps, source), found, contention)
+    cluster = Cluster(GENERIC_CPU, count, rate, line.alpha_s / steps, source)
+    return LinkCosts(cluster, found, share, spread)
 
 
 def _rows(links: "LinkCosts") -> list[tuple[str, str, str, str]]:

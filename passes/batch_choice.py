@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from graphopt.errors import PlanError
 from graphopt.passes.batch_probe import rounded_otherwise
 from graphopt.passes.batch_rules import Batch
-from graphopt.passes.batch_split import Rows, batch_of, fitting
+from graphopt.passes.batch_split import Rows, batch_of, fitting, sequence_of
 from graphopt.program import Program
 from graphopt.ranks import agree, is_real, largest
 
@@ -25,16 +25,18 @@ class Cut:
     rounding: tuple[str, ...]
 
 
-def agreed_cut(program: Program, parts: int, groups: Sequence[str], *, exact: bool) -> Cut:
+def agreed_cut(program: Program, parts: int, groups: Sequence[str], along: str, *, exact: bool) -> Cut:
     """Cut `program` on all ranks of `groups` in the same way; raises CannotSplit on all of them.
 
-    With `exact`, operators that give other bits on a part of the batch, on any rank, stay whole. That is
-    tried where the groups are real ones, whose ranks run what they capture.
+    It is cut along the "batch" or the "sequence". With `exact`, operators that give other bits on a part,
+    on any rank, stay whole. That is tried where the groups are real ones, whose ranks run what they
+    capture.
     """
+    find = batch_of if along == "batch" else sequence_of
     left: set[str] = set()
     while True:
         try:
-            rows, reason = Rows.of(program, batch_of(program, parts)), ""
+            rows, reason = Rows.of(program, find(program, parts)), ""
             found, names = fitting(program, rows, left)
         except PlanError as error:
             reason, names = str(error), ()

@@ -8,6 +8,7 @@ from torch import fx
 
 from graphopt import ops
 from graphopt.passes.batch_rules import Batch, NotByRows, RowRule, aten
+from graphopt.passes.causal_parts import arguments_of_part, keys_of, mask_calls, padding
 from graphopt.program import Program, insert_call
 from graphopt.split import late_nodes
 
@@ -34,6 +35,8 @@ class BatchParts:
         self._copies: dict[fx.Node, fx.Node] = {}
         self._made: dict[tuple[fx.Node, bool], fx.Node] = {}
         self._slices: dict[tuple[fx.Node, int, int, bool], fx.Node] = {}
+        self._keys: dict[tuple[fx.Node, int, bool], fx.Node] = {}
+        self._masks: dict[tuple[Any, ...], fx.Node] = {}
         self._parts: dict[fx.Node, list[fx.Node]] = {}
         self._returned = {o for o in program.forward_outputs if isinstance(o, fx.Node)}
         for node in program.graph.nodes:
@@ -70,15 +73,19 @@ class BatchParts:
             return self._whole(source, late) if dim is None else self._cut(source, dim, index, late)
 
         given: Any = fx.node.map_arg((node.args, dict(node.kwargs)), operand)
-        args, target = list(given[0]), node.target
+        args, kwargs, target = list(given[0]), given[1], node.target
         if rule.sizes is not None:
             args[rule.sizes] = self._sizes(node, rule, args[rule.sizes], index)
         if rule.mask is not None:
             args[rule.mask] = wanted(args[rule.mask], rule, cut=True)
+        if rule.upto:
+            for place in rule.upto:
+                args[place] = self._upto(node.args[place], rule, index, late)
+            args, kwargs = arguments_of_part(args, kwargs, self._mask(node, rule, index, args))
         assert callable(target)
         try:
             name = f"{node.name}_part{index}"
-            return insert_call(self._graph, node, target, tuple(args), given[1], name)
+            return insert_call(self._graph, node, target, tuple(args), kwargs, name)
         except RuntimeError as error:
             raise CannotCut(node.name, f"does not take parts: {error}".splitlines()[0]) from error
 
@@ -101,6 +108,51 @@ class BatchParts:
             made = insert_call(self._graph, self._copies[source], aten.slice.Tensor, args, name=name)
             self._slices[key] = _on_side(made, late)
         return self._slices[key]
+
+    def _upto(self, source: Any, rule: RowRule, index: int, late: bool) -> fx.Node:
+        """The rows of `source` up to the last of a part, and zeros as `keys_of` says."""
+        if index == self._batch.parts - 1:
+            return self._whole(source, late)
+        key = (source, index, late)
+        if key not in self._keys:
+            self._keys[key] = self._first_rows(source, rule.operands[source], index, late)
+        return self._keys[key]
+
+    def _first_rows(self, source: fx.Node, dim: int, index: int, late: bool) -> fx.Node:
+        """The parts of `source` up to number `index`, joined, with zeros behind them."""
+
+        def call(target: Any, *args: Any) -> fx.Node:
+            name = f"{source.name}_upto{index}"
+            return _on_side(insert_call(self._graph, source, target, args, name=name), late)
+
+        shape = source.meta["val"].shape
+        end, zeros = keys_of(self._batch, index, shape[dim])
+        parts = self._parts[source][: index + 1] if source in self._parts else []
+        if not parts:
+            made = call(aten.slice.Tensor, self._whole(source, late), dim, 0, end)
+        else:
+            made = parts[0] if len(parts) == 1 else call(aten.cat.default, parts, dim)
+        if zeros:
+            made = call(aten.constant_pad_nd.default, made, padding(len(shape), dim, zeros))
+        return made
+
+    def _mask(self, node: fx.Node, rule: RowRule, index: int, args: Any) -> fx.Node | None:
+        """The mask of a part of causal attention; None for the first, which needs none."""
+        if index == 0:
+            return None
+        queries, keys = (args[i].meta["val"] for i in (0, rule.upto[0]))
+        dim = rule.operands[node.args[0]]  # type: ignore[index]
+        first = self._batch.cuts(node.args[0].meta["val"].shape[dim])[index]  # type: ignore[union-attr]
+        facts = queries.shape[dim], keys.shape[dim], first
+        key = (*facts, queries.dtype, queries.device)
+        if key not in self._masks:
+            before: tuple[fx.Node, ...] = ()
+            for target, given, named in mask_calls(*facts, queries):
+                name = f"hidden_part{index}"
+                made = insert_call(self._graph, node, target, (*before, *given), named, name)
+                before = (made,)
+            (self._masks[key],) = before
+        return self._masks[key]
 
     def _whole(self, node: fx.Node, late: bool) -> fx.Node:
         """All of `node` for a reader in the forward, or `late` in the backward."""

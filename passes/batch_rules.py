@@ -10,7 +10,7 @@ import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import fx
@@ -28,7 +28,7 @@ class NotByRows(PlanError):
 
 @dataclass(frozen=True)
 class Batch:
-    """`size` samples in `parts` parts, none of them empty and as equal as can be.
+    """`size` samples, or tokens of one text, in `parts` parts, none empty and as equal as can be.
 
     >>> Batch(5, 2).cuts(20)
     [0, 8, 20]
@@ -36,6 +36,7 @@ class Batch:
 
     size: int
     parts: int
+    along: Literal["batch", "sequence"] = "batch"
 
     def cuts(self, elements: int) -> list[int]:
         """Where a dimension of `elements` is cut, its first and its last place included."""
@@ -49,27 +50,31 @@ class RowRule:
     `dims` has the dimension for each result; None for one that sums over the batch, which is then left to
     a call on the whole batch: `mask` is the position of the argument that says which results are wanted.
     `operands` are cut along these dimensions, others are read whole. `sizes` is the position of an
-    argument that gives sizes, those of the result's dimensions.
+    argument that gives sizes, those of the result's dimensions. Of the arguments at positions `upto` a
+    part reads all rows up to its own last one.
     """
 
     dims: tuple[int | None, ...]
     operands: Mapping[fx.Node, int] = field(default_factory=dict)
     sizes: int | None = None
     mask: int | None = None
+    upto: tuple[int, ...] = ()
 
 
 Known = Mapping[fx.Node, RowRule]
+_NONE: Mapping[Any, Any] = {}
 
 
-def row_rule(node: fx.Node, known: Known, batch: Batch) -> RowRule:
-    """The rule of `node`, at least one of whose operands is `known` to be cut.
+def row_rule(node: fx.Node, known: Known, batch: Batch, more: Mapping[Any, Any] = _NONE) -> RowRule:
+    """The rule of `node`, at least one of whose operands is `known` to be cut; `more` has more rules.
 
     Raises NotByRows with the reason where samples of its results depend on other samples, or where that
     is not known.
     """
     if ops.mutates(node.target) or ops.is_random(node):
         raise NotByRows("writes to an operand or is random")
-    make = _RULES.get(node.target) or _COLLECTIVES.get(ops.schema_name(node.target))
+    make = more.get(node.target) or _RULES.get(node.target)
+    make = make or _COLLECTIVES.get(ops.schema_name(node.target))
     if make is None and ops.is_elementwise(node):
         make = _pointwise
     if make is None:

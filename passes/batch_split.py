@@ -1,6 +1,7 @@
 """Where a program can be cut along its batch, so that one part's transfers run while another computes.
 
-The batch is what the first dimension of most inputs counts. From there each operator's rule
+The batch is what the first dimension of most inputs counts; of one text, its tokens can take that place
+(`graphopt.passes.causal_parts`). From there each operator's rule
 (`graphopt.passes.batch_rules`) says along which dimension its results are cut; what has no rule is
 computed on the whole batch. Operators stay whole, too, that no transfer of a part is before or behind,
 and those that round otherwise on a part (`graphopt.passes.batch_probe`).
@@ -17,6 +18,7 @@ from graphopt import ops
 from graphopt.errors import PlanError
 from graphopt.passes.batch_rewrite import BatchParts, CannotCut
 from graphopt.passes.batch_rules import Batch, NotByRows, RowRule, row_rule
+from graphopt.passes.causal_parts import CAUSAL_RULES
 from graphopt.program import Program, Role, storages_of, tensors_of
 
 
@@ -30,17 +32,18 @@ class Rows:
 
     @staticmethod
     def of(program: Program, batch: Batch) -> "Rows":
-        """Follow the batch through `program`."""
+        """Follow the batch, or the tokens of one text, through `program`; NotCausal where it has none."""
+        more = CAUSAL_RULES if batch.along == "sequence" else {}
         known: dict[fx.Node, RowRule] = {}
         rules: dict[fx.Node, RowRule] = {}
         reasons: dict[str, str] = {}
         written = _written(program)
         for node in program.graph.nodes:
             if _has_batch(program, node, batch):
-                known[node] = RowRule((0,))
+                known[node] = RowRule((0 if batch.along == "batch" else 1,))
             elif node.op == "call_function" and any(n in known for n in node.all_input_nodes):
                 try:
-                    rule = row_rule(node, known, batch)
+                    rule = row_rule(node, known, batch, more)
                     known[node] = rule
                     if node in written:
                         raise NotByRows("is written to")
@@ -80,6 +83,21 @@ def batch_of(program: Program, parts: int) -> Batch:
     if size < parts:
         raise PlanError(f"its batch of {size} has less than {parts} samples")
     return Batch(size, parts)
+
+
+def sequence_of(program: Program, parts: int) -> Batch:
+    """The tokens of the one text that the program's inputs are of; PlanError where they are not."""
+    inputs = [n for n in program.graph.nodes if program.roles.get(n.name) is Role.INPUT]
+    shapes = [t.shape for n in inputs for t in tensors_of(n) if t is not None and t.dim() > 1]
+    if any(not isinstance(size, int) for shape in shapes for size in shape):
+        raise PlanError("its inputs have sizes that are not fixed")
+    sizes = Counter(int(shape[1]) for shape in shapes if shape[0] == 1)
+    if not sizes or max(sizes) < 2:
+        raise PlanError("it has no input of one text")
+    size = sizes.most_common(1)[0][0]
+    if size < parts:
+        raise PlanError(f"its text of {size} has less than {parts} tokens")
+    return Batch(size, parts, "sequence")
 
 
 def cut(program: Program, batch: Batch, names: Collection[str]) -> BatchParts:
@@ -134,7 +152,10 @@ def _has_batch(program: Program, node: fx.Node, batch: Batch) -> bool:
     if program.roles.get(node.name) not in (Role.INPUT, Role.TANGENT):
         return False
     tensor = tensors_of(node)[0]
-    return tensor is not None and tensor.dim() > 0 and tensor.shape[0] == batch.size
+    shape = () if tensor is None else tuple(tensor.shape)
+    if batch.along == "sequence":
+        return len(shape) > 1 and shape[:2] == (1, batch.size)
+    return len(shape) > 0 and shape[0] == batch.size
 
 
 def _written(program: Program) -> set[fx.Node]:

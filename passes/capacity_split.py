@@ -2,7 +2,8 @@
 
 Tokens [experts, capacity, width] are sent to the ranks that hold their experts, which compute each token
 apart from the others, and back. So the capacity can be cut, as in "Tutel: Adaptive Mixture-of-Experts at
-Scale" (Hwang et al., MLSys 2023) and FSMoE (arXiv 2501.10714, 2025).
+Scale" (Hwang et al., MLSys 2023) and FSMoE (arXiv 2501.10714, 2025). In training the gradients of tokens
+are sent and computed in the same chunks; those of weights, which sum over the capacity, on the whole.
 """
 
 import math
@@ -16,6 +17,7 @@ from torch import fx
 from graphopt import ops
 from graphopt.errors import PlanError
 from graphopt.program import Program, insert_call
+from graphopt.split import late_nodes
 
 aten = ops.aten
 _ALL_TO_ALL = "_c10d_functional::all_to_all_single"
@@ -61,8 +63,6 @@ class Region:
 
 def region_of(program: Program, chunks: int) -> Region:
     """What can be done on chunks of the capacity; CannotChunk where there is nothing."""
-    if program.is_joint:
-        raise CannotChunk("the program has a backward")
     sources: dict[fx.Node, Cut] = {}
     known: dict[fx.Node, Cut] = {}
     for node in program.operators():
@@ -209,11 +209,10 @@ class CapacityChunks:
         done = list(self.region.cuts)
         for node in done:
             self.parts[node.name] = [self._part(node, chunk) for chunk in range(chunks)]
+        late = late_nodes(self.program)
+        place = {node: index for index, node in enumerate(self.program.graph.nodes)}
         for node in done:
-            if readers := [user for user in node.users if user not in self.region.cuts]:
-                whole = self._joined(node)
-                for reader in readers:
-                    reader.replace_input_with(node, whole)
+            self._join(node, late, place)
         for node in reversed(done):
             self.program.graph.erase_node(node)
         self.program.graph.eliminate_dead_code()
@@ -263,13 +262,40 @@ class CapacityChunks:
             self._slices[source] = made
         return self._slices[source]
 
-    def _joined(self, node: fx.Node) -> fx.Node:
-        """All of `node`, after its last part."""
-        cut, shape = self.region.cuts[node], list(node.meta["val"].shape)
+    def _join(self, node: fx.Node, late: set[fx.Node], place: Mapping[fx.Node, int]) -> None:
+        """Give those that read all of `node` its parts, joined; in the backward if only that does."""
+        readers = [user for user in node.users if user not in self.region.cuts]
+        only_late = node not in late and all(user in late for user in readers)
+        if readers:
+            first = min(readers, key=place.__getitem__) if only_late else node
+            whole = self._joined(node, first, late=only_late)
+            for reader in readers:
+                reader.replace_input_with(node, whole)
+
+    def _joined(self, node: fx.Node, before: fx.Node, late: bool) -> fx.Node:
+        """All of `node`, as it lies in memory; `before` another one, which may be `late`."""
+        cut, val = self.region.cuts[node], node.meta["val"]
+        shape = list(val.shape)
+
+        def call(target: Any, *args: Any, name: str, **kwargs: Any) -> fx.Node:
+            with self.program.graph.inserting_before(before):
+                made = insert_call(self.program.graph, node, target, args, kwargs, name)
+            if late:
+                made.meta["partitioner_tag"] = "is_backward"
+            return made
+
         rows = []
         for chunk, part in enumerate(self.parts[node.name]):
             begin, end = cut.bounds(chunk, self._chunks)
             sizes = [*shape[: cut.dim], cut.outer, end - begin, *shape[cut.dim + 1 :]]
-            rows.append(self._call(node, aten.reshape.default, part, sizes, name=f"{part.name}_rows"))
-        whole = self._call(node, aten.cat.default, rows, cut.dim + 1, name=f"{node.name}_joined")
-        return self._call(node, aten.reshape.default, whole, shape, name=f"{node.name}_whole")
+            rows.append(call(aten.reshape.default, part, sizes, name=f"{part.name}_rows"))
+        whole = call(aten.cat.default, rows, cut.dim + 1, name=f"{node.name}_joined")
+        whole = call(aten.reshape.default, whole, shape, name=f"{node.name}_whole")
+        if not val.is_contiguous():
+            order = sorted(range(val.dim()), key=lambda dim: (-val.stride(dim), dim))
+            back = [order.index(dim) for dim in range(val.dim())]
+            form = {"memory_format": torch.contiguous_format}
+            whole = call(aten.permute.default, whole, order, name=f"{node.name}_laid")
+            whole = call(aten.clone.default, whole, name=f"{node.name}_laid", **form)
+            whole = call(aten.permute.default, whole, back, name=f"{node.name}_laid")
+        return whole

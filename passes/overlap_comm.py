@@ -59,20 +59,25 @@ class OverlapComm(Pass):
     the same `seed`, and ends within `gap` of the lower bound. Every rank of the groups has to plan the
     same program at the same time.
 
-    `split` says into how many parts the batch is cut: 1 leaves it whole, None takes 2 where the cost
-    model promises a gain; the plan's remark says why. Operators that sum over the batch, such as the
-    gradients of weights, run on the whole of it. With `exact` so does what this machine rounds otherwise
-    on a part, so that results are the same bits where two ranks add; among more of them the order in
-    which a collective adds may depend on how much it adds.
+    `split` says into how many parts the batch, or one text with causal attention, is cut: 1 leaves it
+    whole, None takes 2 where the cost model promises a gain; the plan's remark says why. Operators that
+    sum over the batch, such as the gradients of weights, and the backward of attention to one text, run
+    on the whole of it. With `exact` so does what this machine rounds otherwise on a part, so that results
+    are the same bits where two ranks add; among more of them the order in which a collective adds may
+    depend on how much it adds.
 
     Parameters in shards (`graphopt.shard_parameters`, for one) are gathered as early as pays. Where
     `memory` has no room to keep all that the backward reads from the forward on, some are gathered again.
 
-    In inference an all-reduce may become a reduce-scatter and an all-gather, with the residual additions
-    and norms between them on a rank's share of the tokens: with `sequence_parallel` None where the cost
-    model promises a gain, with True always, with False never. Experts behind an all-to-all of [experts,
-    capacity, ...] may work on `capacity_split` chunks of their capacity; None takes as many as the cost
-    model finds best, where it promises a gain. With a `split`, either is done only if it is asked for.
+    An all-reduce may become a reduce-scatter and an all-gather, with the residual additions and norms
+    between them on a rank's share of the tokens, for ranks of the same inputs: with `sequence_parallel`
+    None in inference where the cost model promises a gain, with True always, with False never. In
+    training, what sums over tokens (gradients of norms and biases) then reads gathered ones; without
+    `exact` each rank begins with its own, which rounds otherwise.
+
+    Experts behind an all-to-all of [experts, capacity, ...] may work on `capacity_split` chunks of their
+    capacity; None takes as many as the cost model finds best, where it promises a gain. With a `split`,
+    this and norms on shares are done only if they are asked for.
     """
 
     name: ClassVar[str] = "overlap-comm"
@@ -168,8 +173,23 @@ class OverlapComm(Pass):
     def _split(
         self, program: Program, costs: Costs, links: dict[str, LinkCosts], plain: OverlapPlan
     ) -> OverlapPlan:
-        """The plan on parts of the batch; raises CannotSplit, as all ranks do."""
-        found = agreed_cut(program, self.split or 2, groups_of(program), exact=self.exact)
+        """The faster plan on parts of the batch, or of one text; raises CannotSplit, as all ranks do."""
+        plans, reasons = [], []
+        for along in ("batch", "sequence"):
+            try:
+                plans.append(self._split_along(along, program, costs, links, plain))
+            except CannotSplit as reason:
+                reasons.append(str(reason))
+        if not plans:
+            raise CannotSplit("; along the sequence: ".join(reasons))
+        return min(plans, key=lambda plan: plan.seconds)
+
+    def _split_along(
+        self, along: str, program: Program, costs: Costs, links: dict[str, LinkCosts], plain: OverlapPlan
+    ) -> OverlapPlan:
+        """The plan on parts of the batch or the sequence; raises CannotSplit, as all ranks do."""
+        groups = groups_of(program)
+        found = agreed_cut(program, self.split or 2, groups, along, exact=self.exact)
         tasks = _tasks(found.program, costs.with_nodes(found.program.graph.nodes), links)
         try:
             plan = self._ordered(found.program, tasks, plain.memory_bytes or 0)
@@ -178,12 +198,13 @@ class OverlapComm(Pass):
                 raise
             raise CannotSplit(f"in parts, {error}") from error
         remark = f"predicted are {in_ms(plan.seconds)} in {found.batch.parts} parts of {found.batch.size}"
-        remark += f" samples, {in_ms(plain.seconds)} otherwise"
+        remark += f" {'samples' if along == 'batch' else 'tokens'}, {in_ms(plain.seconds)} otherwise"
         if found.rounding:
             remark += f"; {len(found.rounding)} operators stay whole, as they round otherwise on a part"
         return replace(
             plan,
             batch=found.batch.size,
+            along=found.batch.along,
             parts=found.batch.parts,
             cut=found.names,
             remark=remark,
@@ -192,8 +213,6 @@ class OverlapComm(Pass):
 
     def _may_share(self, program: Program) -> bool:
         """True where norms on shares of the tokens are to be tried."""
-        if self.sequence_parallel and program.is_joint:
-            raise PlanError("sequence_parallel=True: the program has a backward")
         if self.sequence_parallel is None:
             return self.split is None and not program.is_joint
         return self.sequence_parallel
@@ -218,7 +237,8 @@ class OverlapComm(Pass):
         shared = self._ordered(found.program, tasks, limit)
         said = f"with norms on shares of the tokens predicted are {in_ms(shared.seconds)}"
         if self.sequence_parallel or shared.seconds <= (1 - _SPLIT_GAIN) * plan.seconds:
-            return replace(shared, shared=found.names, remark=f"{said}, {in_ms(plan.seconds)} otherwise")
+            said += f", {in_ms(plan.seconds)} otherwise"
+            return replace(shared, shared=found.names, partial=not self.exact, remark=said)
         return plan if plan.parts > 1 else replace(plan, remark=_with(plan.remark, said))
 
     def _in_chunks(
@@ -261,11 +281,11 @@ class OverlapComm(Pass):
         """The program as `plan` changes it, with its operators in the order of `plan`."""
         program = gathered_again(program, plan.again)
         if plan.shared:
-            program = TokenShares(program, plan.shared).program
+            program = TokenShares(program, plan.shared, partial=plan.partial).program
         if plan.chunks > 1:
             program = CapacityChunks(program, plan.chunks).program
         if plan.parts > 1:
-            program = cut(program, Batch(plan.batch, plan.parts), plan.cut).program
+            program = cut(program, Batch(plan.batch, plan.parts, plan.along), plan.cut).program
         return reordered(program, plan.order)
 
     def _limit(self, peak: int, device: Device, groups: Sequence[str]) -> int:

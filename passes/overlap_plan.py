@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from graphopt import ops
 from graphopt.cost_models.devices import format_bytes
@@ -28,18 +29,19 @@ class OverlapPlan(Plan):
     `bound_seconds`. Peaks are of the step, operators that overwrite their operands not considered;
     `memory_bytes` bounds that of this order.
 
-    With `parts` > 1 the operators named by `cut` run on so many parts of the `batch` of samples, and
-    `order` and `transfers` are those of the program that this makes. `remark` says why it is cut or not.
-    A span of either timeline has a name, a channel, and when it begins and ends in seconds; operators
-    that compute without a wait between them are one.
+    With `parts` > 1 the operators named by `cut` run on so many parts of the `batch` of samples, or of
+    tokens where it is cut `along` the "sequence", and `order` and `transfers` are those of the program
+    that this makes. `remark` says why it is cut or not. A span of either timeline has a name, a channel,
+    and when it begins and ends in seconds; operators that compute without a wait between them are one.
 
     What the all-gathers `again` of the forward gather, the backward gathers once more. A row of `gathers`
     has, for an all-gather of a parameter: its name; the parameter; bytes of the whole of it; "forward",
     "kept" (for the backward) or "again" (in the backward); and how many others are first used between
     its start and its use. `gathered_bytes` are the most bytes of them at once.
 
-    The all-reduces `shared` leave their sums in shares of the tokens, gathered behind the norms. Experts
-    behind an all-to-all work on `chunks` chunks of their capacity.
+    The all-reduces `shared` leave their sums in shares of the tokens, gathered behind the norms; with
+    `partial`, what sums over tokens adds up each rank's own first. Experts behind an all-to-all work on
+    `chunks` chunks of their capacity.
     """
 
     order: tuple[str, ...]
@@ -64,6 +66,8 @@ class OverlapPlan(Plan):
     gathered_bytes: int = 0
     shared: tuple[str, ...] = ()
     chunks: int = 1
+    along: Literal["batch", "sequence"] = "batch"
+    partial: bool = False
 
     @property
     def gap(self) -> float:
@@ -74,7 +78,7 @@ class OverlapPlan(Plan):
         if not self.transfers:
             return "no transfers: the order stays"
         exposed = [sum(row[i] for row in self.transfers) for i in (5, 6)]  # type: ignore[misc]
-        split = f" of {self.parts} parts of the batch" if self.parts > 1 else ""
+        split = f" of {self.parts} parts of the {self.along}" if self.parts > 1 else ""
         return (
             f"{len(self.transfers)} transfers{split}, exposed {in_ms(exposed[1])} instead of "
             f"{in_ms(exposed[0])}; step {in_ms(self.seconds)} instead of {in_ms(self.seconds_before)}, "

@@ -21,21 +21,21 @@ class SharedTokens:
 def agreed_shares(program: Program, groups: Sequence[str], *, exact: bool) -> SharedTokens:
     """Leave the same sums of `program` in shares on all ranks of `groups`; raises CannotShard on all.
 
-    With `exact`, that is refused where an operator gives other bits on a share, on any rank; tried where
-    the groups are real ones.
+    With `exact`, what sums over the tokens reads gathered ones, and all is refused where an operator
+    gives other bits on a share, on any rank; tried where the groups are real ones.
     """
     names: tuple[str, ...] = ()
     found, reason = None, ""
     try:
-        names = tuple(wait.all_input_nodes[0].name for wait in shares_of(program).sums)
-        found = TokenShares(program, names)
+        names = tuple(w.all_input_nodes[0].name for w in shares_of(program, partial=not exact).sums)
+        found = TokenShares(program, names, partial=not exact)
     except PlanError as error:
         reason = str(error)
     if not agree(groups, [reason, *names], "what to share"):
         raise CannotShard(reason or "other ranks cannot share the same sums")
     if found is None:
         raise CannotShard(reason)
-    shares = shares_of(program, names)
+    shares = shares_of(program, names, partial=not exact)
     parts = {name: [node] * shares.ranks for name, node in found.parts.items()}
     tried = exact and any(map(is_real, groups))
     other = rounded_otherwise(shares.rules, parts, shares.batch) if tried else []

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 import graphopt
 from graphopt.cost_models.collectives import Collective
+from graphopt.cost_models.contention import Repetition
 from graphopt.cost_models.devices import GENERIC_CPU, Cluster
 from graphopt.cost_models.link_costs import (
     Line,
@@ -14,7 +15,6 @@ from graphopt.cost_models.link_costs import (
     Timing,
     best_split,
     collective_of,
-    contention_of,
     fitted,
     overlapped_seconds,
 )
@@ -59,7 +59,7 @@ def test_no_line_falls() -> None:
 def test_contention_is_found_again(compute: float, transfer: float, share: float) -> None:
     both = overlapped_seconds(compute, transfer, share)
     assert max(compute, transfer) <= both <= compute + transfer + 1e-9
-    found = contention_of(compute, transfer, both)
+    found = Repetition(compute, transfer, both).share
     assert found * min(compute, transfer) == pytest.approx(
         share * min(compute, transfer), abs=1e-9 * both
     )

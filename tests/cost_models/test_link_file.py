@@ -23,14 +23,22 @@ LINKS = LinkCosts(CLUSTER, {"all_reduce": ((1000, 3e-4), (2000, 5e-4))}, 0.25)
 @given(
     st.dictionaries(st.sampled_from(KINDS), st.lists(SAMPLE, min_size=1, max_size=4, unique=True)),
     st.floats(0, 1),
+    st.floats(0, 1),
 )
 def test_what_is_written_is_read(
-    tmp_path_factory: pytest.TempPathFactory, samples: dict[str, Any], contention: float
+    tmp_path_factory: pytest.TempPathFactory, samples: dict[str, Any], contention: float, spread: float
 ) -> None:
-    links = LinkCosts(CLUSTER, {k: tuple(sorted(v)) for k, v in samples.items()}, contention)
+    links = LinkCosts(CLUSTER, {k: tuple(sorted(v)) for k, v in samples.items()}, contention, spread)
     path = tmp_path_factory.mktemp("links") / "links.json"
     path.write_text(links_to_json(links))
     assert read_links(path) == links
+
+
+def test_a_file_without_a_spread(tmp_path: Path) -> None:
+    data = json.loads(links_to_json(LINKS))
+    del data["contention_spread"]
+    (tmp_path / "links.json").write_text(json.dumps(data))
+    assert read_links(tmp_path / "links.json") == LINKS
 
 
 def test_the_lines(tmp_path: Path) -> None:

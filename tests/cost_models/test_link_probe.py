@@ -1,5 +1,6 @@
 """Collectives are timed on a real group, here of one rank, whatever their kind and size."""
 
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -35,7 +36,7 @@ def test_every_kind(group: str) -> None:
         assert all(0 < seconds < 10 for _, seconds in links.samples[kind])
         assert links.timing(Collective(kind, 20_000)).source == "measured"  # type: ignore[arg-type]
         assert links.timing(Collective(kind, 10**6)).source == "fitted"  # type: ignore[arg-type]
-    assert 0 <= links.contention <= 1
+    assert 0 <= links.contention <= 1 and links.contention_spread >= 0
 
 
 @pytest.mark.parametrize(
@@ -66,6 +67,24 @@ def test_medians_of_runs_in_turn() -> None:
 
     assert link_probe._in_turn([runs("a", 50.0), runs("b", 0.0)]) == [3.0, 3.0]
     assert order == ["a", "b"] * 10
+
+
+def test_how_much_of_the_processor_is_held() -> None:
+    """Sleeping is not computing, as waiting for another process is not."""
+    slept = link_probe._Work(lambda: time.sleep(0.02), on_processor=True)
+    assert slept.alone() >= 0.02 and slept.held < 0.5
+    other = link_probe._Work(lambda: time.sleep(0.001), on_processor=False)
+    other()
+    assert other.held == 1.0
+
+
+@pytest.mark.parametrize("seconds", [(1.0, 2.0), (2.0, 1.0)])
+def test_every_rank_transfers_the_same(seconds: tuple[float, float]) -> None:
+    """The kind that is timed beside computing does not depend on what a rank measured."""
+    samples = {
+        kind: ((8, 0.5), (64, s)) for kind, s in zip(("all_reduce", "all_gather"), seconds, strict=True)
+    }
+    assert link_probe._largest_of(samples) == ("all_reduce", (64, seconds[0]))
 
 
 def test_nothing_wanted(group: str) -> None:

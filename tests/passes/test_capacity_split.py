@@ -22,6 +22,7 @@ from graphopt.passes.capacity_choice import MOST_CHUNKS, degree
 from graphopt.passes.capacity_split import CapacityChunks, Cut
 from graphopt.passes.overlap_plan import OverlapPlan
 from graphopt.program import Program
+from graphopt.split import saved_nodes
 from graphopt.verify import verify
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "capacity_split.txt"
@@ -137,6 +138,64 @@ def test_the_results_are_those_of_the_whole(capacity: int, chunks: int, twice: b
     ]
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in pairs)
     assert all(len(parts) == chunks for parts in after.parts.values())
+
+
+class Sent(torch.autograd.Function):
+    """A piece to each rank; the gradients of the pieces go back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return sent(x.contiguous())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return sent(gradients[0].contiguous())
+
+
+class Trained(torch.nn.Module):
+    """Experts that are learnt, as is a product before them; pieces transposed, so that layouts differ."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before = torch.nn.Parameter(torch.randn(8, 8))
+        self.first, self.second = (torch.nn.Parameter(torch.randn(2, *s)) for s in ((8, 16), (16, 8)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mine = Sent.apply(x @ self.before).view(RANKS, 2, -1, 8).transpose(0, 1)
+        hidden = torch.nn.functional.silu(torch.bmm(mine.reshape(2, -1, 8), self.first))
+        back = torch.bmm(hidden, self.second).view(2, RANKS, -1, 8).transpose(0, 1)
+        return Sent.apply(back.reshape(x.shape)).sin()
+
+
+@settings(max_examples=3, deadline=None)
+@given(st.integers(4, 9), st.integers(2, 3))
+def test_training_gives_the_same_gradients(capacity: int, chunks: int) -> None:
+    torch.manual_seed(capacity)
+    model, x = Trained().double(), torch.randn(4, capacity, 8).double()
+    before = graphopt.trace(model, [x])
+    after = CapacityChunks(before, chunks)
+    verify(after.program, before=before)
+    kinds = [str(n.target) for n in after.program.operators() if "all_to_all" in str(n.target)]
+    assert len(kinds) == 4 * chunks
+    values = dict(model.named_parameters()) | {"x": x}
+    tangent = torch.randn(4, capacity, 8).double()
+    own = [{k: v.detach() + rank for k, v in values.items()} for rank in range(RANKS)]
+    tensors = [[given.get(i.label, tangent) for i in before.inputs] for given in own]
+    expected = run_ranks([before] * RANKS, tensors)
+    found = run_ranks([after.program] * RANKS, tensors)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert sum(a is not None for a in ours) == 4
+        for a, b in zip(ours, theirs, strict=True):
+            assert (a is None) is (b is None)
+            if a is not None:
+                torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_what_only_the_backward_reads_is_joined_there() -> None:
+    """Chunks of activations are saved; the whole for gradients of weights is made in the backward."""
+    program = CapacityChunks(graphopt.trace(Trained(), [torch.randn(4, 6, 8)]), 2).program
+    saved = {n.name for n in saved_nodes(program)}
+    assert any("_chunk0" in name for name in saved) and not any("_joined" in name for name in saved)
 
 
 def flat(x: Tensor, first: Tensor, second: Tensor) -> Tensor:

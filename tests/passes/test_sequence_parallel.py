@@ -17,7 +17,7 @@ from texts import program_text
 from torch import Tensor
 
 import graphopt
-from graphopt import OverlapComm, PlanError
+from graphopt import OverlapComm, PlanError, ops
 from graphopt.cost_models.costs import Costs
 from graphopt.cost_models.devices import GENERIC_CPU, Cluster
 from graphopt.cost_models.link_costs import LinkCosts
@@ -126,10 +126,111 @@ def test_the_results_are_those_of_sums(ranks: int, samples: int, rows: int, whol
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
+class Summed(torch.autograd.Function):
+    """The sum over the ranks of what each has a part of; the gradient is that of each part."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return summed(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0]
+
+
+class Copied(torch.autograd.Function):
+    """What all ranks have; its gradient is the sum over them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return summed(gradients[0].contiguous())
+
+
+class Trained(torch.nn.Module):
+    """A block with norms that are one operator, or of several; weights of both are learnt."""
+
+    def __init__(self, fused: bool) -> None:
+        super().__init__()
+        self.fused, self.scale = fused, torch.nn.Parameter(torch.randn(8))
+        self.weight, self.norm = torch.nn.Parameter(torch.randn(8, 8)), torch.nn.LayerNorm(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(2):
+            x = x + Summed.apply(torch.nn.functional.gelu(self.norm_of(x) @ self.weight))
+        return (self.norm_of(x) @ self.weight).sin()
+
+    def norm_of(self, x: Tensor) -> Tensor:
+        return Copied.apply(self.norm(x) if self.fused else normed(x) * self.scale)
+
+
+def trained_on(
+    ranks: int, model: Trained, x: Tensor, partial: bool
+) -> tuple[Program, list[Program], int]:
+    """The training step, that of each rank with norms on shares, and how many sums they are behind."""
+    with mock.patch.object(sequence_parallel, "size_of", lambda _: ranks):
+        before = graphopt.trace(model, [x])
+        names = [w.all_input_nodes[0].name for w in shares_of(before, partial=partial).sums]
+        after = []
+        for rank in range(ranks):
+            with mock.patch.object(sequence_parallel, "rank_of", lambda _, rank=rank: rank):
+                after.append(TokenShares(before, names, partial=partial).program)
+    for program in after:
+        verify(program, before=before)
+    return before, after, len(names)
+
+
+@settings(max_examples=4, deadline=None)
+@given(st.integers(2, 3), st.integers(1, 3), st.booleans(), st.booleans())
+def test_training_gives_the_same_gradients(ranks: int, rows: int, fused: bool, partial: bool) -> None:
+    """The same bits; with `partial` sums, gradients of norms up to rounding, all else the same bits."""
+    torch.manual_seed(rows)
+    model, x = Trained(fused), torch.randn(1, rows * ranks, 8)
+    before, after, count = trained_on(ranks, model, x, partial)
+    values = dict(model.named_parameters()) | {"x": x}
+    own = [{**values, "weight": torch.randn(8, 8)} for _ in range(ranks)]
+    tangent = torch.randn(1, rows * ranks, 8)
+    tensors = [[given.get(i.label, tangent).detach() for i in before.inputs] for given in own]
+    expected, found = run_ranks([before] * ranks, tensors), run_ranks(after, tensors)
+    assert count == (2 if fused and not partial else 5)
+    exact = 0
+    for ours, theirs in zip(found, expected, strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            assert (a is None) is (b is None)
+            if a is not None:
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+                exact += torch.equal(a, b)
+    norms = (2 if fused else 1) * ranks if partial else 0
+    assert exact >= sum(a is not None for ours in found for a in ours) - norms
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_partial_sums_send_less(fused: bool) -> None:
+    """Gradients of norms' weights are a row of each rank; otherwise all tokens are gathered for them."""
+    sent = []
+    for partial in (False, True):
+        _, (after, *_), _ = trained_on(4, Trained(fused), torch.randn(1, 64, 8), partial)
+        calls = [n for n in after.operators() if ops.transfer_of(n) is not None]
+        rows = [n for n in calls if n.meta["val"].numel() == 8]
+        assert len(rows) == (0 if not partial else 6 if fused else 3)
+        sent.append(sum(n.all_input_nodes[0].meta["val"].numel() for n in calls))
+    assert sent[1] < sent[0]
+
+
+def differing(x: Tensor, w: Tensor) -> Tensor:
+    """What each rank has a part of, beside the sum of it."""
+    own = x @ w
+    return (own.tanh() * summed(own.tanh())) @ w
+
+
 @pytest.mark.parametrize(
     ("f", "tokens", "said"),
     [
         (lambda x, w: summed(x @ w) @ w, 8, "nothing behind its sums treats tokens apart"),
+        (differing, 8, "nothing behind its sums treats tokens apart"),
         (block, 6, "it has no sums over one group of ranks that divide by their number"),
         (lambda x, w: torch.relu(x @ w), 8, None),
     ],
