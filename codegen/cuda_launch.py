@@ -15,7 +15,6 @@ CuPy compiles for the device at hand, from compute capability 8.0 on.
 """
 
 import functools
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -23,10 +22,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from graphopt.codegen import reference
-from graphopt.codegen.cuda_form import ACCESS_BYTES, Form, Size, Traits, form_of, scalars, size_of
+from graphopt.codegen.cuda_form import ACCESS_BYTES, Form, Size, Traits, form_of, size_of
 from graphopt.codegen.cuda_source import NAME, Source, write
-from graphopt.codegen.layout import Grid, grid_of, grid_shape, output_shape
+from graphopt.codegen.launching import RegionKernel
+from graphopt.codegen.layout import Grid, grid_of, grid_shape
 from graphopt.codegen.region import Extent, Gather, Region
 from graphopt.errors import CodegenError
 
@@ -111,43 +110,42 @@ class _Launch:
     columns: int
 
 
-class CudaKernel:
+class CudaKernel(RegionKernel):
     """A region as a callable on tensors of one device; `runner` is where, by default their GPU."""
 
     def __init__(self, region: Region, runner: Runner | None = None) -> None:
-        self.region, self.runner = region, runner
+        super().__init__(region)
+        self.runner = runner
         self.traits = Traits(region)
         write(region, Form())  # raises what cannot be written
-        self._scalars = scalars(region)
-        self._given = [n for n, v in enumerate(region.inputs) if v.extent is not Extent.SCALAR]
-        self._sums = [k for k, out in enumerate(region.outputs) if out.value in self.traits.sums]
-        self._dtypes = [getattr(torch, out.dtype) for out in region.outputs]
         self._real = getattr(torch, region.math)
         self._launches: dict[Any, _Launch] = {}
-        self._broken = False
+
+    def may_lie_over(self, number: int, output: int) -> bool:
+        """Whether an output may be written over an input: no pass after that which stores it reads it.
+
+        Within a pass, a thread reads all that it needs at its places before it writes there.
+        """
+        named, value = self.region.inputs[number], self.region.outputs[output].value
+        at = self.region.values.index(named)
+        if self.region.facts[value].extent is not Extent.FULL or named.extent is not Extent.FULL:
+            return False
+        if any(isinstance(v, Gather) and v.source == at for v in self.region.values):
+            return False
+        passes = self.traits.looped_stages
+        stores = next(n for n, stage in enumerate(passes) if output in stage.outputs)
+        return all(n <= stores for n, stage in enumerate(passes) if at in stage.places)
 
     def __call__(
         self, *inputs: Tensor | float, out: Sequence[Tensor] | None = None
     ) -> tuple[Tensor, ...]:
-        """The outputs, in the order of `Region.outputs`.
-
-        `out` may be inputs written over where the region allows that; otherwise these are copied first.
-        """
-        read: list[Any] = [inputs[n] for n in self._given]
-        if out is not None:
-            read = self._apart(read, out)
-        device = self._check(read, out)
+        """As `RegionKernel`."""
+        read = self.readable(inputs, out)
+        device = self._device(read, out)
         numbers, pointers = self._numbers(inputs, device)
-        if not self._broken:
-            try:
-                return self._launched(read, numbers, pointers, out, device)
-            except CodegenError as error:
-                self._broken = True
-                warnings.warn(f"a region runs by torch operators: {error}", stacklevel=2)
-        found = reference.run(self.region, *inputs)
-        for y, x in zip(out or (), found, strict=out is not None):
-            y.copy_(x)
-        return found if out is None else tuple(out)
+        return self.launched_or_by_torch(
+            lambda: self._launched(read, numbers, pointers, out, device), inputs, out
+        )
 
     def _launched(
         self,
@@ -167,17 +165,17 @@ class CudaKernel:
             if len(self._launches) >= _MOST_LAUNCHES:
                 self._launches.clear()
             self._launches[key] = launch
-        results = tuple(out) if out is not None else self._allocate(launch.shape, device)
+        results = tuple(out) if out is not None else self.allocate(launch.shape, device)
         sums = None
-        if self._sums:
+        if self.sums:
             made = torch.empty if launch.source.form.held and not launch.empty else torch.zeros
             size = (len(self.traits.sums), launch.size.parts, launch.columns)
             sums = made(size, dtype=self._real, device=device)
         if not launch.empty:
-            every = [*read, *(y for k, y in enumerate(results) if k not in self._sums)]
+            every = [*read, *(y for k, y in enumerate(results) if k not in self.sums)]
             runner.launch(launch.source, launch.size, self._arguments(launch, every, numbers, sums))
         if sums is not None:
-            for k in self._sums:
+            for k in self.sums:
                 results[k].copy_(sums[self.traits.sums.index(self.region.outputs[k].value)].sum(0))
         return results
 
@@ -192,17 +190,13 @@ class CudaKernel:
 
     # --- what is given -----------------------------------------------------------------------
 
-    def _check(self, read: list[Tensor], out: Sequence[Tensor] | None) -> torch.device:
+    def _device(self, read: list[Tensor], out: Sequence[Tensor] | None) -> torch.device:
         """The device of all tensors."""
         if not (read or out):
             raise CodegenError("a kernel without tensors has no device")
         device = (read or list(out or ()))[0].device
-        kind = "cuda" if self.runner is None else device.type
-        dtypes = [getattr(torch, self.region.inputs[n].dtype) for n in self._given]
-        every = [*zip(read, dtypes, strict=True), *zip(out or (), self._dtypes, strict=out is not None)]
-        for x, dtype in every:
-            if x.dtype != dtype or x.device != device or device.type != kind:
-                raise CodegenError(f"a kernel for {dtype} on {kind} was given {x.dtype} on {x.device}")
+        given = self.runner is not None or device.type == "cuda"
+        self.check(read, out, device if given else torch.device("cuda"))
         return device
 
     def _numbers(
@@ -211,27 +205,14 @@ class CudaKernel:
         """Scalars as numbers, or tensors of the device; and the names of the latter."""
         found: list[Any] = []
         names = []
-        for n, value in self._scalars:
-            x = inputs[n]
+        for n in self.scalars:
+            value, x = self.region.inputs[n], inputs[n]
             if isinstance(x, Tensor) and x.device == device:
                 names.append(value.name)
                 found.append(x.to(getattr(torch, value.dtype)))
             else:
                 found.append(x.item() if isinstance(x, Tensor) else x)
         return found, tuple(names)
-
-    def _apart(self, read: list[Tensor], out: Sequence[Tensor]) -> list[Tensor]:
-        """Inputs that an output would change before they are read, copied."""
-        return [
-            x.clone() if any(self._spoils(n, k, x, y) for k, y in enumerate(out)) else x
-            for n, x in zip(self._given, read, strict=True)
-        ]
-
-    def _spoils(self, n: int, k: int, x: Tensor, y: Tensor) -> bool:
-        if not _overlap(x, y):
-            return False
-        same = x.data_ptr() == y.data_ptr() and x.shape == y.shape and x.stride() == y.stride()
-        return not (same and x.dtype == y.dtype and _place_for_place(self.traits, n, k))
 
     # --- planning a launch -------------------------------------------------------------------
 
@@ -242,10 +223,10 @@ class CudaKernel:
         pointers: tuple[str, ...],
         runner: Runner,
     ) -> _Launch:
-        extents = [self.region.inputs[n].extent for n in self._given]
+        extents = [self.region.inputs[n].extent for n in self.given]
         shape = grid_shape(extents, [tuple(x.shape) for x in read])
-        results = out if out is not None else self._allocate(shape, torch.device("meta"))
-        every = [*read, *(y for k, y in enumerate(results) if k not in self._sums)]
+        results = out if out is not None else self.allocate(shape, torch.device("meta"))
+        every = [*read, *(y for k, y in enumerate(results) if k not in self.sums)]
         kinds = [t.extent for t in self.traits.tensors]
         grid = grid_of(
             self.region, shape, kinds, [tuple(x.shape) for x in every], [x.stride() for x in every]
@@ -258,17 +239,6 @@ class CudaKernel:
         source = write(self.region, form)
         empty = grid.rows == 0
         return _Launch(source, size, shape, arguments, positions, empty, grid.columns)
-
-    def _allocate(self, shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, ...]:
-        facts = self.region.facts
-        return tuple(
-            torch.empty(
-                shape[-1:] if k in self._sums else output_shape(facts[out.value].extent, shape),
-                dtype=dtype,
-                device=device,
-            )
-            for k, (out, dtype) in enumerate(zip(self.region.outputs, self._dtypes, strict=True))
-        )
 
 
 def _arguments(traits: Traits, grid: Grid, form: Form) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -286,33 +256,3 @@ def _arguments(traits: Traits, grid: Grid, form: Form) -> tuple[tuple[int, ...],
         if t.name in form.strided:
             found.append(steps[-1] * BYTES[t.dtype])
     return tuple(found), tuple(addresses)
-
-
-def _place_for_place(traits: Traits, number: int, output: int) -> bool:
-    """Whether an output may lie over an input: no pass after that which stores it reads the input.
-
-    Within a pass, a thread reads all that it needs at its places before it writes there.
-    """
-    region = traits.region
-    named, value = region.inputs[number], region.outputs[output].value
-    at = region.values.index(named)
-    if region.facts[value].extent is not Extent.FULL or named.extent is not Extent.FULL:
-        return False
-    if any(isinstance(v, Gather) and v.source == at for v in region.values):
-        return False
-    passes = traits.looped_stages
-    stores = next(n for n, stage in enumerate(passes) if output in stage.outputs)
-    return all(n <= stores for n, stage in enumerate(passes) if at in stage.places)
-
-
-def _overlap(x: Tensor, y: Tensor) -> bool:
-    """Whether the memory between the first and last element of each has bytes in common."""
-    (a, b), (c, d) = _span(x), _span(y)
-    return a < d and c < b
-
-
-def _span(x: Tensor) -> tuple[int, int]:
-    if x.numel() == 0:
-        return 0, 0
-    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
-    return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()

@@ -14,21 +14,21 @@ import functools
 import mmap
 import os
 import threading
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from graphopt.codegen import reference
 from graphopt.codegen.kernel_cache import DEFAULT_CACHE, DiskCache, key_of, load
-from graphopt.codegen.layout import Grid, grid_of, grid_shape, output_shape
-from graphopt.codegen.numba_forms import BLOCK, BYTES, Form, Operand, Source, tensors
+from graphopt.codegen.launching import RegionKernel, span
+from graphopt.codegen.layout import Grid, Shape, grid_of, grid_shape
+from graphopt.codegen.numba_forms import BLOCK, BYTES, KNOWN_COLUMNS, Form, Operand, Source, tensors
 from graphopt.codegen.numba_source import write
-from graphopt.codegen.region import Extent, Reduce, Region
+from graphopt.codegen.region import Extent, Region
 from graphopt.codegen.stages import may_overwrite
 from graphopt.errors import CodegenError
 
@@ -40,7 +40,10 @@ PARALLEL_BYTES = 1 << 18
 # outputs in memory that the system has yet to provide: it clears a page in the caches first.
 STREAM_BYTES = 24 << 20
 _STREAM_ITEM_BYTES = 4
+# Rows of which sums are added one by one; the sums of so many are added pair by pair.
+SUMMED_ROWS, MOST_PARTS = 64, 64
 _MOST_LAUNCHES = 4096  # layouts that a kernel remembers
+_CPU = torch.device("cpu")
 _LINE = 64  # bytes that a streamed output has to be aligned to
 
 
@@ -66,7 +69,7 @@ def compile_region(region: Region, cache: Path | None = DEFAULT_CACHE) -> "Numba
 
 
 @dataclass(frozen=True)
-class _Launch:
+class Launch:
     """All that depends on shapes and strides, but not on addresses."""
 
     grid: Grid
@@ -78,55 +81,42 @@ class _Launch:
     nbytes: int
 
 
-class NumbaKernel:
+class NumbaKernel(RegionKernel):
     """A region as a callable on CPU tensors; `source()` is its text."""
 
     def __init__(self, region: Region, cache: Path | None = DEFAULT_CACHE) -> None:
-        self.region, self.cache = region, cache
+        super().__init__(region)
+        self.cache = cache
         self._tensors = tensors(region)
         write(region, Form())  # raises what cannot be written
-        self._scalars = [n for n, v in enumerate(region.inputs) if v.extent is Extent.SCALAR]
-        self._given = [n for n, v in enumerate(region.inputs) if v.extent is not Extent.SCALAR]
-        self._sums = [
-            k
-            for k, out in enumerate(region.outputs)
-            if isinstance(value := region.values[out.value], Reduce) and value.over == "rows"
-        ]
-        self._dtypes = [getattr(torch, out.dtype) for out in region.outputs]
-        self._launches: dict[Any, _Launch] = {}
+        self._launches: dict[Any, Launch] = {}
         self._compiled: dict[Form, _Compiled] = {}
-        self._broken = False
 
     def source(self, form: Form | None = None) -> str:
         """The kernel's text for a form, by default for contiguous tensors."""
         return write(self.region, form or Form()).text
 
+    def may_lie_over(self, number: int, output: int) -> bool:
+        """Whether an output may be written over an input, place for place."""
+        return may_overwrite(self.region, number, output)
+
     def __call__(
         self, *inputs: Tensor | float, out: Sequence[Tensor] | None = None
     ) -> tuple[Tensor, ...]:
-        """The outputs, in the order of `Region.outputs`.
-
-        `out` may be inputs written over where the region allows that; otherwise these are copied first.
-        """
-        read: list[Any] = [inputs[n] for n in self._given]
-        if out is not None:
-            read = self._apart(read, out)
+        """As `RegionKernel`."""
+        read = self.readable(inputs, out)
         launch = self._launch(read, out, all(y.data_ptr() % _LINE == 0 for y in out or ()))
-        results = tuple(out) if out is not None else self._allocate(launch.shape)
+        results = tuple(out) if out is not None else self.allocate(launch.shape, _CPU)
         if launch.compiled.source.tiles and not all(map(resident, results)):
             launch = self._launch(read, out, False)
-        if not self._broken:
-            try:
-                self._run(launch, read, inputs, results)
-                return results
-            except CodegenError as error:
-                self._broken = True
-                warnings.warn(f"a region runs by torch operators: {error}", stacklevel=2)
-        for y, x in zip(results, reference.run(self.region, *inputs), strict=True):
-            y.copy_(x)
-        return results
 
-    def _launch(self, read: list[Tensor], out: Sequence[Tensor] | None, may_stream: bool) -> _Launch:
+        def run() -> tuple[Tensor, ...]:
+            self._run(launch, read, inputs, results)
+            return results
+
+        return self.launched_or_by_torch(run, inputs, results)
+
+    def _launch(self, read: list[Tensor], out: Sequence[Tensor] | None, may_stream: bool) -> Launch:
         key = (may_stream, *((x.shape, x.stride(), x.dtype, x.device) for x in (*read, *(out or ()))))
         launch = self._launches.get(key)
         if launch is None:
@@ -136,39 +126,28 @@ class NumbaKernel:
             self._launches[key] = launch
         return launch
 
-    def _allocate(self, shape: tuple[int, ...], device: torch.device | None = None) -> tuple[Tensor, ...]:
-        facts = self.region.facts
-        return tuple(
-            torch.empty(output_shape(facts[out.value].extent, shape), dtype=dtype, device=device)
-            for out, dtype in zip(self.region.outputs, self._dtypes, strict=True)
-        )
-
-    def _apart(self, read: list[Tensor], out: Sequence[Tensor]) -> list[Tensor]:
-        """Inputs that an output would change before they are read, copied."""
-        return [
-            x.clone() if any(self._spoils(n, k, x, y) for k, y in enumerate(out)) else x
-            for n, x in zip(self._given, read, strict=True)
-        ]
-
-    def _spoils(self, n: int, k: int, x: Tensor, y: Tensor) -> bool:
-        """Whether output k in the memory of y would change input n, x, before it is read."""
-        if not _overlap(x, y):
-            return False
-        same = x.data_ptr() == y.data_ptr() and x.shape == y.shape and x.stride() == y.stride()
-        return not (same and x.dtype == y.dtype and may_overwrite(self.region, n, k))
-
     # --- planning a launch -------------------------------------------------------------------
 
-    def _plan(self, read: list[Tensor], out: Sequence[Tensor] | None, may_stream: bool) -> _Launch:
-        self._check(read, out)
-        extents = [self.region.inputs[n].extent for n in self._given]
+    def _plan(self, read: list[Tensor], out: Sequence[Tensor] | None, may_stream: bool) -> Launch:
+        self.check(read, out, _CPU)
+        extents = [self.region.inputs[n].extent for n in self.given]
         shape = grid_shape(extents, [tuple(x.shape) for x in read])
-        results = out if out is not None else self._like(shape)
-        every = [*read, *(y for k, y in enumerate(results) if k not in self._sums)]
+        results = out if out is not None else self.allocate(shape, torch.device("meta"))
+        every = [*read, *(y for k, y in enumerate(results) if k not in self.sums)]
+        return self.planned(
+            shape, [tuple(x.shape) for x in every], [x.stride() for x in every], may_stream
+        )
+
+    def planned(
+        self, shape: Shape, shapes: Sequence[Shape], strides: Sequence[Shape], may_stream: bool
+    ) -> Launch:
+        """The launch on a grid of `shape` for tensors of these shapes and strides (elements).
+
+        The tensors are the inputs but for scalars, then the outputs but for sums over the rows.
+        """
         extents = [t.extent for t in self._tensors]
-        shapes, strides = [tuple(x.shape) for x in every], [x.stride() for x in every]
         grid = grid_of(self.region, shape, extents, shapes, strides)
-        nbytes = sum(x.numel() * x.element_size() for x in every)
+        nbytes = sum(prod(s) * BYTES[t.dtype] for s, t in zip(shapes, self._tensors, strict=True))
         form = self._form(grid, may_stream and nbytes >= STREAM_BYTES)
         compiled = self._compiled.get(form)
         if compiled is None:
@@ -176,17 +155,7 @@ class NumbaKernel:
         arguments, addresses = self._arguments(grid, form)
         size = BYTES[self.region.math]
         pitch = -(-grid.columns * size // _LINE) * _LINE
-        return _Launch(grid, shape, compiled, arguments, addresses, pitch, nbytes)
-
-    def _like(self, shape: tuple[int, ...]) -> tuple[Tensor, ...]:
-        return self._allocate(shape, torch.device("meta"))
-
-    def _check(self, read: list[Tensor], out: Sequence[Tensor] | None) -> None:
-        dtypes = [getattr(torch, self.region.inputs[n].dtype) for n in self._given]
-        every = [*zip(read, dtypes, strict=True), *zip(out or (), self._dtypes, strict=out is not None)]
-        for x, dtype in every:
-            if x.dtype != dtype or x.device.type != "cpu":
-                raise CodegenError(f"a kernel for {dtype} on cpu was given {x.dtype} on {x.device}")
+        return Launch(grid, shape, compiled, arguments, addresses, pitch, nbytes)
 
     def _form(self, grid: Grid, streams: bool) -> Form:
         strided, streamed = [], []
@@ -197,7 +166,8 @@ class NumbaKernel:
                 lines = [step * BYTES[tensor.dtype] % _LINE == 0 for step in steps[:-1]]
                 if all(lines) or grid.flat:
                     streamed.append(tensor.name)
-        return Form(len(grid.sizes), tuple(strided), tuple(streamed), grid.flat)
+        known = grid.columns if grid.columns <= KNOWN_COLUMNS and not (grid.flat or streamed) else 0
+        return Form(len(grid.sizes), tuple(strided), tuple(streamed), grid.flat, known)
 
     @staticmethod
     def _can_stream(tensor: Operand) -> bool:
@@ -220,32 +190,46 @@ class NumbaKernel:
 
     def _run(
         self,
-        launch: _Launch,
+        launch: Launch,
         read: list[Tensor],
         inputs: Sequence[Tensor | float],
         results: tuple[Tensor, ...],
     ) -> None:
+        every = [*read, *(x for k, x in enumerate(results) if k not in self.sums)]
+        numbers = [_number(inputs[n]) for n in self.scalars]
+        totals = self.run(launch, [x.data_ptr() for x in every], numbers)
+        for k, total in zip(self.sums, totals, strict=True):
+            results[k].copy_(total)
+
+    def run(self, launch: Launch, addresses: Sequence[int], numbers: Sequence[float]) -> list[Tensor]:
+        """Run on the tensors at `addresses`, in the order of `planned`, with these scalars.
+
+        Gives the sums over the rows, each (columns,), in the dtype of the computation.
+        """
         grid, source = launch.grid, launch.compiled.source
         count = grid.rows * grid.columns if grid.flat else grid.rows
-        chunks = min(self._threads(launch.nbytes), max(count, 1))
+        threads = self._threads(launch.nbytes)
+        chunks = max(1, min(count, max(threads, self._parts(count))))
         arguments: list[Any] = [*launch.arguments]
-        every = [*read, *(x for k, x in enumerate(results) if k not in self._sums)]
-        for position, x in zip(launch.addresses, every, strict=True):
-            arguments[position] = x.data_ptr()
-        arguments += [_number(inputs[n]) for n in self._scalars]
+        for position, address in zip(launch.addresses, addresses, strict=True):
+            arguments[position] = address
+        arguments += numbers
         own = source.buffers * launch.pitch + source.tiles * BLOCK * 8
-        work = torch.empty(chunks * own, dtype=torch.uint8) if own else None
+        work = torch.empty((chunks if threads > 1 else 1) * own, dtype=torch.uint8) if own else None
         arguments[1:3] = [0 if work is None else work.data_ptr(), launch.pitch]
-        sums = None
-        if self._sums:
-            sums = torch.zeros(chunks, len(source.sums), launch.pitch, dtype=torch.uint8)
-            arguments[3] = sums.data_ptr()
-        launch.compiled(chunks, count, own, len(source.sums) * launch.pitch, arguments)
-        if sums is not None:
-            totals = sums.view(getattr(torch, self.region.math)).sum(0)
-            for k in self._sums:
-                number = source.sums.index(self.region.outputs[k].value)
-                results[k].copy_(totals[number, : grid.columns])
+        if not self.sums:
+            launch.compiled(threads, chunks, count, own, 0, arguments)
+            return []
+        sums = torch.zeros(chunks, len(source.sums), launch.pitch, dtype=torch.uint8)
+        arguments[3] = sums.data_ptr()
+        launch.compiled(threads, chunks, count, own, len(source.sums) * launch.pitch, arguments)
+        parts = sums.view(getattr(torch, self.region.math))[..., : grid.columns]
+        totals = parts[0] if chunks == 1 else parts.sum(0)
+        return [totals[source.sums.index(self.region.outputs[k].value)] for k in self.sums]
+
+    def _parts(self, rows: int) -> int:
+        """In how many parts rows are summed, so that rounding errors stay as small as those of torch."""
+        return min(-(-rows // SUMMED_ROWS), MOST_PARTS) if self.sums else 1
 
     def _threads(self, nbytes: int) -> int:
         if nbytes < PARALLEL_BYTES or _Process.forked:
@@ -265,14 +249,22 @@ class _Compiled:
     def __init__(self, source: Source, cache: Path | None) -> None:
         self.source, self.cache = source, cache
 
-    def __call__(self, chunks: int, count: int, own: int, own_sums: int, arguments: list[Any]) -> None:
-        if chunks > 1 and _Process.lock.acquire(blocking=False):
+    def __call__(
+        self, threads: int, chunks: int, count: int, own: int, own_sums: int, arguments: list[Any]
+    ) -> None:
+        """Run `count` rows in chunks, each with `own` bytes to work with, and `own_sums` for its sums."""
+        if threads > 1 and _Process.lock.acquire(blocking=False):
             try:
                 self._parallel(chunks, count, own, own_sums, *arguments)
             finally:
                 _Process.lock.release()
-        else:
+        elif chunks == 1 or not own_sums:
             self._serial(0, count, *arguments)
+        else:
+            head, sums, rest = arguments[:3], arguments[3], arguments[4:]
+            for chunk in range(chunks):
+                ends = chunk * count // chunks, (chunk + 1) * count // chunks
+                self._serial(*ends, *head, sums + chunk * own_sums, *rest)
 
     @functools.cached_property
     def _serial(self) -> Callable[..., None]:
@@ -307,12 +299,6 @@ def _number(x: Tensor | float) -> float:
     return x.item() if isinstance(x, Tensor) else x
 
 
-def _overlap(x: Tensor, y: Tensor) -> bool:
-    """Whether the memory between the first and last element of each has bytes in common."""
-    (a, b), (c, d) = _span(x), _span(y)
-    return a < d and c < b
-
-
 @functools.cache
 def _mincore() -> Any:
     return getattr(ctypes.CDLL(None), "mincore", None)
@@ -320,17 +306,10 @@ def _mincore() -> Any:
 
 def resident(x: Tensor) -> bool:
     """Whether the page in the middle of a tensor is in memory already; False where nobody can tell."""
-    begin, end = _span(x)
+    begin, end = span(x)
     page = (begin + end) // 2 // mmap.PAGESIZE * mmap.PAGESIZE
     found = ctypes.c_ubyte(0)
     ask = _mincore()
     if ask is None or ask(ctypes.c_void_p(page), ctypes.c_size_t(1), ctypes.byref(found)) != 0:
         return False
     return bool(found.value & 1)
-
-
-def _span(x: Tensor) -> tuple[int, int]:
-    if x.numel() == 0:
-        return 0, 0
-    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
-    return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from graphopt.codegen.region import Dtype, Extent, Reduce, Region
 
 BLOCK = 2048  # columns; a tile of float64 is then 16 KiB, of a first-level cache of 32 or 48
+KNOWN_COLUMNS = 64  # up to so many, a kernel is written for their number
 BYTES: Mapping[Dtype, int] = {
     "float64": 8,
     "float32": 4,
@@ -22,13 +23,15 @@ class Form:
     """What of its tensors' layout a kernel is written for.
 
     `row_dims`: into how many dimensions rows fall. `strided`: tensors whose columns are not neighbours.
-    `streamed`: outputs that bypass the caches. `flat`: rows do not matter.
+    `streamed`: outputs that bypass the caches. `flat`: rows do not matter. `columns`: how many there are,
+    0 for any number; a short loop of known length becomes a few vector instructions.
     """
 
     row_dims: int = 1
     strided: tuple[str, ...] = ()
     streamed: tuple[str, ...] = ()
     flat: bool = False
+    columns: int = 0
 
 
 @dataclass(frozen=True)

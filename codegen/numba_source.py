@@ -67,12 +67,15 @@ class _Writer:
         with _indented(self):
             self._once()
             if with_rows:
+                self._first_row()
                 self._line("for row in range(begin, end):")
             with _indented(self, with_rows):
                 if with_rows:
                     self._row_addresses()
                 for stage in self.stages:
                     self._stage(stage)
+                if with_rows:
+                    self._next_row()
             if self.form.streamed:
                 self._line("fence()")
         body = "\n".join(self.lines)
@@ -133,14 +136,29 @@ class _Writer:
             else:
                 self._line(f"v{i} = {self._expression(value)}")
 
-    def _row_addresses(self) -> None:
-        dims = self.form.row_dims
-        if dims > 1:
-            self._line("rest = row")
-            for d in range(dims - 1, 0, -1):
+    def _first_row(self) -> None:
+        """Along each row dimension, where the first row is."""
+        if self.form.row_dims > 1:
+            self._line("rest = begin")
+            for d in range(self.form.row_dims - 1, 0, -1):
                 self._line(f"i{d} = rest % size{d}")
                 self._line(f"rest = rest // size{d}")
             self._line("i0 = rest")
+
+    def _next_row(self) -> None:
+        """Counted on: divisions in each row would take as long as a short row."""
+        depth = self.depth
+        for d in range(self.form.row_dims - 1, 0, -1):
+            self._line(f"i{d} += 1")
+            self._line(f"if i{d} == size{d}:")
+            self.depth += 1
+            self._line(f"i{d} = 0")
+        if self.form.row_dims > 1:
+            self._line("i0 += 1")
+        self.depth = depth
+
+    def _row_addresses(self) -> None:
+        dims = self.form.row_dims
         for tensor in self.tensors:
             if tensor.extent.by_row:
                 x = tensor.variable
@@ -170,6 +188,10 @@ class _Writer:
             return
         for i in stage.reductions:
             self._line(f"v{i} = {_START[self._reduce(i).op]}")
+        if self.form.columns:
+            self._line(f"start, stop = 0, {self.form.columns}")
+            self._block(stage)
+            return
         first, last = ("begin", "end") if self.form.flat else ("0", "columns")
         self._line(f"for start in range({first}, {last}, {BLOCK}):")
         with _indented(self):

@@ -7,12 +7,14 @@ storages (`values`) they read and write. Views vanish into the storage they look
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import fx
 
 from graphopt import ops
 from graphopt.cost_models.nodes import FREE, NodeCost
+from graphopt.fused_ops import fused_at, is_fused, overwritable
 from graphopt.program import Program, Role, leaves, tensors_of
 
 NO_PRODUCER = -1  # exists before the step and stays: a parameter, a batch
@@ -194,6 +196,8 @@ class _Builder:
         return self._new(rng_state_nbytes(node), len(self.operators), f"{node.name}:generator")
 
     def _reusable(self, node: fx.Node) -> list[int]:
+        if is_fused(node):
+            return self._reusable_by_kernel(node)
         found = []
         for position in ops.overwrite_positions(node):
             operand = node.args[position]
@@ -202,6 +206,17 @@ class _Builder:
                 others = [n for n in node.all_input_nodes if n is not operand]
                 if all(value not in self.value_of[n.name] for n in others):
                     found.append(value)
+        return found
+
+    def _reusable_by_kernel(self, node: fx.Node) -> list[int]:
+        given: Any = node.args[0]
+        found = []
+        for source, target in overwritable(fused_at(node)):
+            value = self.value_of[given[source].name][0]
+            others = [n for n in given if n is not given[source]]
+            own = all(value not in self.value_of[n.name] for n in others)
+            if own and may_lie_over(node, given[source], target):
+                found.append(value)
         return found
 
 
@@ -224,6 +239,15 @@ def may_overwrite(node: fx.Node, operand: fx.Node) -> bool:
         and source.numel() * source.element_size() == leaves(operand)[0].nbytes
         and _is_dense(source)
     )
+
+
+def may_lie_over(node: fx.Node, operand: fx.Node, number: int) -> bool:
+    """True where result `number` of `node` has the dtype of `operand` and just fills its storage."""
+    result, source = tensors_of(node)[number], tensors_of(operand)[0]
+    if result is None or source is None or leaves(operand)[0].nbytes != leaves(node)[number].nbytes:
+        return False
+    whole = source.numel() * source.element_size() == leaves(operand)[0].nbytes
+    return result.dtype == source.dtype and whole and _is_dense(source)
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:

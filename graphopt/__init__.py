@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from graphopt.measurement import measure
     from graphopt.passes.calibration import calibration_gradients
     from graphopt.passes.checkpoint import Checkpoint
+    from graphopt.passes.fuse import Fuse
     from graphopt.passes.layer_sharing import share_weights
     from graphopt.passes.offload_saved import OffloadSaved
     from graphopt.passes.overlap_comm import OverlapComm
@@ -43,6 +44,7 @@ __all__ = [
     "Cluster",
     "CodegenError",
     "Device",
+    "Fuse",
     "GiB",
     "GraphoptError",
     "OffloadSaved",
@@ -86,6 +88,7 @@ _LAZY = {
     "Cluster": "graphopt.cost_models.devices",
     "CodegenError": "graphopt.errors",
     "Device": "graphopt.cost_models.devices",
+    "Fuse": "graphopt.passes.fuse",
     "GB": "graphopt.cost_models.devices",
     "GiB": "graphopt.cost_models.devices",
     "GraphoptError": "graphopt.errors",

@@ -11,7 +11,8 @@ from torch import fx
 from torch.fx.graph import _BoxedCodeGen
 
 from graphopt import ops
-from graphopt.cost_models.memory import may_overwrite
+from graphopt.cost_models.memory import may_lie_over, may_overwrite
+from graphopt.fused_ops import FusedCall, fused_at, is_fused, overwritable
 from graphopt.program import LEAVES, Leaf, Storage, leaves, storages_of
 
 
@@ -29,11 +30,18 @@ def boxed(module: fx.GraphModule) -> Callable[[list[Any]], Sequence[Any]]:
 
 
 def overwrite_dead_operands(module: fx.GraphModule) -> int:
-    """Rewrite `module` in place; the number of operators that now write over an operand."""
+    """Rewrite `module` in place; the number of operators that now write over an operand.
+
+    Generated kernels become functions that are called as they are, with nothing in between.
+    """
     storages = storages_of(module.graph)
     last = last_uses(module.graph, storages)
     count = 0
     for node in list(module.graph.nodes):
+        if is_fused(node):
+            storages[_called(module.graph, node, storages, last)] = storages[node]
+            count += 1
+            continue
         position = _position(node, storages, last)
         if position is not None:
             storages[_rewrite(module.graph, node, position)] = storages[node]
@@ -62,6 +70,49 @@ def last_uses(graph: fx.Graph, storages: dict[fx.Node, tuple[Storage, ...]]) -> 
     return last
 
 
+def _called(
+    graph: fx.Graph,
+    node: fx.Node,
+    storages: dict[fx.Node, tuple[Storage, ...]],
+    last: dict[Storage, fx.Node],
+) -> fx.Node:
+    """A fused `node` as a call of its kernel, which writes over an operand where one dies."""
+    given: Any = node.args[0]
+    over = next(
+        (
+            (source, target)
+            for source, target in overwritable(fused_at(node))
+            if may_lie_over(node, given[source], target) and _dies(node, given[source], storages, last)
+        ),
+        None,
+    )
+    with graph.inserting_before(node):
+        new = graph.call_function(FusedCall(fused_at(node), over), tuple(given))
+    own = [*leaves(node)]
+    if over is not None:
+        own[over[1]] = Leaf(own[over[1]].nbytes, (new.all_input_nodes.index(given[over[0]]), 0))
+    new.meta = {**node.meta, LEAVES: tuple(own)}
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
+    return new
+
+
+def _dies(
+    node: fx.Node,
+    operand: fx.Node,
+    storages: dict[fx.Node, tuple[Storage, ...]],
+    last: dict[Storage, fx.Node],
+) -> bool:
+    """Whether `node` is the last to read what lies behind `operand`, and reads it by no other name."""
+    storage = storages[operand][0]
+    others = [n for n in node.all_input_nodes if n is not operand]
+    return (
+        storage[0].op not in ("placeholder", "get_attr")
+        and last[storage] is node
+        and all(storage not in storages[n] for n in others)
+    )
+
+
 def _position(
     node: fx.Node,
     storages: dict[fx.Node, tuple[Storage, ...]],
@@ -71,13 +122,7 @@ def _position(
         operand = node.args[position]
         if not isinstance(operand, fx.Node) or not may_overwrite(node, operand):
             continue
-        storage = storages[operand][0]
-        others = [n for n in node.all_input_nodes if n is not operand]
-        if (
-            storage[0].op not in ("placeholder", "get_attr")
-            and last[storage] is node
-            and all(storage not in storages[n] for n in others)
-        ):
+        if _dies(node, operand, storages, last):
             return position
     return None
 

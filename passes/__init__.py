@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from graphopt.passes.checkpoint import Checkpoint
+    from graphopt.passes.fuse import Fuse
     from graphopt.passes.offload_saved import OffloadSaved
     from graphopt.passes.overlap_comm import OverlapComm
     from graphopt.passes.pack_saved import PackSaved
@@ -22,6 +23,7 @@ if __name__ != "graphopt.passes":
 
 __all__ = [
     "Checkpoint",
+    "Fuse",
     "OffloadSaved",
     "OverlapComm",
     "PackSaved",
@@ -38,6 +40,7 @@ __all__ = [
 # Public name -> the module that defines it.
 _LAZY = {
     "Checkpoint": "graphopt.passes.checkpoint",
+    "Fuse": "graphopt.passes.fuse",
     "OffloadSaved": "graphopt.passes.offload_saved",
     "OverlapComm": "graphopt.passes.overlap_comm",
     "PackSaved": "graphopt.passes.pack_saved",

@@ -2,18 +2,18 @@
 
 import subprocess
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from random_regions import assert_no_worse, drawn_region
 from torch import Tensor
 
 from graphopt import kernels
 from graphopt.codegen import numba_cpu, reference, regions
-from graphopt.codegen.builder import Builder, Expression
+from graphopt.codegen.builder import Builder
 from graphopt.codegen.numba_cpu import NumbaKernel, compile_region
 from graphopt.codegen.numba_forms import Form
 from graphopt.codegen.numba_source import write
@@ -23,112 +23,17 @@ from graphopt.errors import CodegenError
 INFINITY = float("inf")
 
 
-def assert_no_worse(region: Region, inputs: Sequence[Any], found: Sequence[Tensor]) -> None:
-    """Errors of `found` at most twice those of eager, or some units of the last place."""
-    exact = reference.run(region, *inputs, math=torch.float64, rounded=False)
-    eager = reference.run(region, *inputs)
-    for name, f, e, x in zip((o.name for o in region.outputs), found, eager, exact, strict=True):
-        assert (f.shape, f.dtype) == (e.shape, e.dtype), name
-        finite = e.isfinite() & x.isfinite()
-        torch.testing.assert_close(f[~finite], e[~finite], equal_nan=True, msg=name)
-        if not finite.any():
-            continue
-        eps = torch.finfo(e.dtype).eps if e.is_floating_point() else 0.0
-        errors = [(v.double() - x.double())[finite].abs().max() for v in (f, e)]
-        bound = 2 * errors[1] + 4 * eps * x[finite].abs().max()
-        assert errors[0] <= bound, f"{name}: error {errors[0]:.2e}, eager {errors[1]:.2e}"
-
-
 def check(region: Region, *inputs: Any) -> None:
     assert_no_worse(region, inputs, compile_region(region, None)(*inputs))
 
 
 # --- random regions ----------------------------------------------------------------------------
 
-UNARY = ["neg", "abs", "tanh", "sigmoid", "erf", "exp", "expm1", "sqrt", "log1p"]
-FLOATS: list[Dtype] = ["float32", "float64", "bfloat16", "float16"]
-
-
-class Draw:
-    """A region, built of drawn choices; comparisons are of inputs only, which both sides know exactly."""
-
-    def __init__(self, data: st.DataObject) -> None:
-        self.data = data
-        self.b = Builder(data.draw(st.sampled_from(["float32", "float32", "float64"])))
-        extents = [Extent.FULL, *data.draw(st.lists(st.sampled_from(Extent), max_size=3))]
-        self.inputs = [
-            self.b.input(f"x{n}", data.draw(st.sampled_from(FLOATS)), extent)
-            for n, extent in enumerate(extents)
-        ]
-        self.values = [*self.inputs]
-        for _ in range(data.draw(st.integers(1, 8))):
-            self.values.append(self.step())
-
-    def one_of(self, values: list[Expression]) -> Expression:
-        return self.data.draw(st.sampled_from(values))
-
-    def step(self) -> Expression:
-        b, x, y = self.b, self.one_of(self.values), self.one_of(self.values)
-        kind = self.data.draw(st.sampled_from(["unary", "binary", "where", "reduce", "round", "index"]))
-        if kind == "unary":
-            op = self.data.draw(st.sampled_from(UNARY))
-            return b.apply(op, b.apply("tanh", x) if op in ("exp", "expm1", "log1p") else x)
-        if kind == "binary":
-            op = self.data.draw(st.sampled_from(["add", "sub", "mul", "maximum", "minimum"]))
-            return b.apply(op, x, y)
-        if kind == "where":
-            op = self.data.draw(st.sampled_from(["lt", "ge", "eq"]))
-            return b.apply("where", b.apply(op, self.one_of(self.inputs), 0.25), x, y)
-        if kind == "round":
-            return b.round(x, "bfloat16")
-        if kind == "index":
-            return x + b.apply("to_float", b.apply("lt", b.apply("column_index"), 3))
-        full = x + self.inputs[0]
-        reduction = self.data.draw(st.sampled_from([b.mean, b.max, b.min]))
-        return reduction(full)
-
-    def region(self) -> Region:
-        math = self.b.math
-        outputs = [self.b.output("last", self.values[-1] + self.inputs[0], math)]
-        dtype = self.data.draw(st.sampled_from(FLOATS))
-        outputs.append(self.b.output("other", self.one_of(self.values) * self.inputs[0], dtype))
-        if self.data.draw(st.booleans()):
-            outputs.append(
-                self.b.output("row", self.b.mean(self.one_of(self.values) + self.inputs[0]), math)
-            )
-        return self.b.region(*outputs)
-
-
-def tensor_of(data: st.DataObject, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A tensor of drawn strides, sometimes with a NaN or an infinity in it."""
-    layout = data.draw(st.sampled_from(["plain", "transposed", "sliced", "expanded"]))
-    if layout == "transposed" and len(shape) > 1:
-        x = torch.randn(shape[::-1]).to(dtype).permute(*reversed(range(len(shape))))
-    elif layout == "sliced":
-        x = torch.randn(*shape[:-1], 2 * shape[-1] + 1).to(dtype)[..., 1::2]
-    elif layout == "expanded":
-        x = torch.randn(1, *shape[1:]).to(dtype).expand(shape)
-    else:
-        x = torch.randn(shape).to(dtype)
-    if x.numel() and data.draw(st.integers(0, 3)) == 0:
-        x = x.clone()
-        x[(0,) * len(shape)] = data.draw(st.sampled_from([float("nan"), INFINITY, -INFINITY]))
-    return x
-
 
 @settings(max_examples=10, phases=[Phase.explicit, Phase.generate])  # each compiles a kernel
 @given(st.data())
 def test_random_regions(data: st.DataObject) -> None:
-    region = Draw(data).region()
-    columns = data.draw(st.sampled_from([1, 7, 64, 130]))
-    shape = (*data.draw(st.sampled_from([(5,), (2, 3), (1, 1)])), columns)
-    shapes = {Extent.FULL: shape, Extent.ROW: shape[:-1], Extent.COLUMN: shape[-1:]}
-    inputs = [
-        0.75
-        if value.extent is Extent.SCALAR
-        else tensor_of(data, shapes[value.extent], getattr(torch, value.dtype))
-        for value in region.inputs
-    ]
+    region, inputs = drawn_region(data, [1, 7, 64, 130])
     check(region, *inputs)
 
 
