@@ -17,7 +17,7 @@ from torch import fx
 from torch.utils import flop_counter
 
 from graphopt.cost_models.values import (
-    elements_read,
+    element_bounds,
     is_view,
     numel,
     operands,
@@ -148,12 +148,17 @@ def pointwise_ops(node: fx.Node) -> int:
     For a pointwise op that is its output, for a reduction its input; 0 for views and for the ops
     that `node_flops` counts.
     """
+    return max(map(min, pointwise_bounds(node)), default=0)
+
+
+def pointwise_bounds(node: fx.Node) -> list[tuple[int, ...]]:
+    """For each tensor that `pointwise_ops` looks at, bounds of its elements: the least of them counts."""
     if node.op != "call_function" or is_view(node) or has_flops(node):
-        return 0
+        return []
     if not isinstance(node.target, torch._ops.OpOverload):
-        return 0
-    read = [elements for _, elements in elements_read(node)]
-    return max([*read, *(numel(tensor) for tensor in output_tensors(node))], default=0)
+        return []
+    read = [bounds for _, bounds in element_bounds(node)]
+    return [*read, *((numel(tensor),) for tensor in output_tensors(node))]
 
 
 def _packet(target: Any) -> Any:

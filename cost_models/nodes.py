@@ -4,7 +4,7 @@ Views, `getitem` and arithmetic on sizes run no kernel and cost nothing; collect
 here either, they are priced by the link they use. Symbolic sizes count as their hints.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +13,9 @@ from torch import fx
 
 from graphopt.cost_models import roofline
 from graphopt.cost_models.devices import Device
-from graphopt.cost_models.flops import node_flops, pointwise_ops
+from graphopt.cost_models.flops import node_flops, pointwise_bounds
 from graphopt.cost_models.values import (
+    element_bounds,
     elements_read,
     hint,
     is_view,
@@ -95,6 +96,38 @@ class NodeCost:
 
 
 FREE = NodeCost()
+Bounds = tuple[int, ...]  # of one number: the least of them counts
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What a node asks of a device, in numbers that are products of sizes.
+
+    `flops` are in `dtype`, at a part (`efficiency`) of the matrix rate. `reads` bound the bytes of each
+    tensor that is read; `elements` those of each tensor that it works on elementwise, of which the
+    largest counts, with `element_ops` operations at the rate of float32 per element.
+    """
+
+    flops: int
+    write_bytes: int
+    reads: tuple[Bounds, ...]
+    elements: tuple[Bounds, ...]
+    element_ops: int
+    dtype: torch.dtype
+    efficiency: float = 1.0
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes of the distinct tensors that are read."""
+        return sum(map(min, self.reads))
+
+    def seconds(self, device: Device) -> float:
+        """The time on `device` by the roofline."""
+        elementwise = self.element_ops * max(map(min, self.elements), default=0)
+        moved = self.read_bytes + self.write_bytes
+        return roofline.seconds(
+            self.flops, moved, self.dtype, device, elementwise, efficiency=self.efficiency
+        )
 
 
 def cost_table(nodes: fx.Graph | Iterable[fx.Node], device: Device) -> dict[str, NodeCost]:
@@ -111,12 +144,21 @@ def node_cost(node: fx.Node, device: Device) -> NodeCost:
         from graphopt.cost_models.streamed import streamed_cost  # which needs this module
 
         return streamed_cost(node, device)
-    flops, read, written = node_flops(node), read_bytes(node), write_bytes(node)
-    elementwise = _fused_ops(node, device) if is_fused(node) else _elementwise_ops(node, device)
-    seconds = roofline.seconds(
-        flops, read + written, _dtype(node), device, elementwise, efficiency=_efficiency(node)
+    load = node_load(node, device)
+    return NodeCost(load.flops, load.read_bytes, load.write_bytes, load.seconds(device))
+
+
+def node_load(node: fx.Node, device: Device) -> Load:
+    """What `node`, which runs a kernel, asks of `device`; without what blocks of streamed losses add."""
+    return Load(
+        node_flops(node),
+        write_bytes(node),
+        tuple(_reads(node)),
+        ((fused_at(node).instructions,),) if is_fused(node) else tuple(pointwise_bounds(node)),
+        _element_ops(node, device),
+        _dtype(node),
+        _efficiency(node),
     )
-    return NodeCost(flops, read, written, seconds)
 
 
 def runs_kernel(node: fx.Node) -> bool:
@@ -133,10 +175,13 @@ def read_bytes(node: fx.Node) -> int:
 
     An embedding reads no more of its table than it returns.
     """
-    return sum(
-        min(touched_bytes(tensor), elements * tensor.element_size())
-        for tensor, elements in elements_read(node)
-    )
+    return sum(map(min, _reads(node)))
+
+
+def _reads(node: fx.Node) -> Iterator[Bounds]:
+    """For each tensor that `node` reads, bounds of the bytes."""
+    for tensor, bounds in element_bounds(node):
+        yield touched_bytes(tensor), *(elements * tensor.element_size() for elements in bounds)
 
 
 def write_bytes(node: fx.Node) -> int:
@@ -154,17 +199,13 @@ def _dtype(node: fx.Node) -> torch.dtype:
     return torch.float32
 
 
-def _elementwise_ops(node: fx.Node, device: Device) -> int:
-    """`pointwise_ops`, where a costly function or a random number counts as many operations."""
-    elements = pointwise_ops(node)
+def _element_ops(node: fx.Node, device: Device) -> int:
+    """Operations per element (of a generated kernel: per instruction), many for a costly function."""
+    if is_fused(node):
+        return _INSTRUCTION_OPS[device.kind]
     if is_random(node):
-        return elements * _RANDOM_OPS[device.kind]
-    return elements * (_FUNCTION_OPS[device.kind] if node.target in _FUNCTIONS else 1)
-
-
-def _fused_ops(node: fx.Node, device: Device) -> int:
-    """The instructions of a generated kernel, at the rate of float32 products."""
-    return fused_at(node).instructions * _INSTRUCTION_OPS[device.kind]
+        return _RANDOM_OPS[device.kind]
+    return _FUNCTION_OPS[device.kind] if node.target in _FUNCTIONS else 1
 
 
 def _efficiency(node: fx.Node) -> float:

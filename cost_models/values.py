@@ -106,17 +106,22 @@ def elements_read(node: fx.Node) -> list[tuple[torch.Tensor, int]]:
 
     An embedding reads the rows that its indices name; a `zeros_like` reads nothing.
     """
+    return [(tensor, min(bounds)) for tensor, bounds in element_bounds(node)]
+
+
+def element_bounds(node: fx.Node) -> list[tuple[torch.Tensor, tuple[int, ...]]]:
+    """As `elements_read`, with all bounds of how many elements are read: the least of them counts."""
     if node.target in _READ_NOTHING:
         return []
     skipped, picked = _READ_PARTLY.get(node.target, (None, None))
     outputs = sum(numel(tensor) for tensor in output_tensors(node))
-    reads = []
+    reads: list[tuple[torch.Tensor, tuple[int, ...]]] = []
     for argument in node.all_input_nodes:
         for tensor in tensors(argument.meta.get("val")):
             if skipped is not None and argument is node.args[skipped]:
                 continue
             is_picked = picked is not None and argument is node.args[picked]
-            reads.append((tensor, min(numel(tensor), outputs) if is_picked else numel(tensor)))
+            reads.append((tensor, (numel(tensor), outputs) if is_picked else (numel(tensor),)))
     return reads
 
 

@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from graphopt.api import OptimizedModule, optimize
+    from graphopt.batch_plan import Dual, plan_batches
     from graphopt.cost_models.devices import GB, Cluster, Device, GiB
     from graphopt.cost_models.link_file import read_links
+    from graphopt.cost_models.training_state import TrainingSetup
     from graphopt.errors import CodegenError, GraphoptError, PlanError, TraceError, VerifyError
+    from graphopt.fitting import fit, peak_formula
     from graphopt.measurement import measure
     from graphopt.passes.calibration import calibration_gradients
     from graphopt.passes.checkpoint import Checkpoint
@@ -44,6 +47,7 @@ __all__ = [
     "Cluster",
     "CodegenError",
     "Device",
+    "Dual",
     "Fuse",
     "GiB",
     "GraphoptError",
@@ -65,11 +69,15 @@ __all__ = [
     "StreamLayers",
     "StreamLoss",
     "TraceError",
+    "TrainingSetup",
     "VerifyError",
     "__version__",
     "calibration_gradients",
+    "fit",
     "measure",
     "optimize",
+    "peak_formula",
+    "plan_batches",
     "plan_pipeline",
     "read_links",
     "shard_parameters",
@@ -88,6 +96,7 @@ _LAZY = {
     "Cluster": "graphopt.cost_models.devices",
     "CodegenError": "graphopt.errors",
     "Device": "graphopt.cost_models.devices",
+    "Dual": "graphopt.batch_plan",
     "Fuse": "graphopt.passes.fuse",
     "GB": "graphopt.cost_models.devices",
     "GiB": "graphopt.cost_models.devices",
@@ -110,10 +119,14 @@ _LAZY = {
     "StreamLayers": "graphopt.passes.stream_layers",
     "StreamLoss": "graphopt.passes.stream_loss",
     "TraceError": "graphopt.errors",
+    "TrainingSetup": "graphopt.cost_models.training_state",
     "VerifyError": "graphopt.errors",
     "calibration_gradients": "graphopt.passes.calibration",
+    "fit": "graphopt.fitting",
     "measure": "graphopt.measurement",
     "optimize": "graphopt.api",
+    "peak_formula": "graphopt.fitting",
+    "plan_batches": "graphopt.batch_plan",
     "plan_pipeline": "graphopt.passes.stage_schedule",
     "read_links": "graphopt.cost_models.link_file",
     "shard_parameters": "graphopt.sharded_parameters",

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from graphopt import __version__, calibrate_command, kernels_command, skip_command
+from graphopt import __version__, calibrate_command, fit_command, kernels_command, skip_command
 from graphopt.errors import GraphoptError, TraceError
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"graphopt {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_report(commands.add_parser("report", help="predict memory and time of a model's step"))
+    fit_command.add_arguments(commands.add_parser("fit", help="the largest batch or sequence that fits"))
     skip_command.add_arguments(commands.add_parser("skip", help="remove layers of a model"))
     kernels_command.add_arguments(commands.add_parser("kernels", help="show a generated kernel"))
     measure_links = commands.add_parser("calibrate", help="measure collectives, under torchrun")

@@ -214,8 +214,7 @@ class _Graph:
     def _costs(self, program: Program) -> Costs:
         fused = self.settings.compiler == "inductor"
         costs = Costs.measured(program, self.settings.device, seconds=self.settings.profile, fused=fused)
-        reserved = _held_elsewhere(self.log, program, self.frame.broken_at is not None)
-        reserved += 2 * _bytes_of_numbers(program)  # the loss and its gradient, which the caller holds
+        reserved = reserved_bytes(self.log, program, self.frame.broken_at is not None)
         return replace(
             costs,
             reserved_bytes=reserved,
@@ -322,6 +321,11 @@ class _Graph:
 
         run._boxed_call = True  # type: ignore[attr-defined]
         return run
+
+
+def reserved_bytes(log: Log, program: Program, followed: bool) -> int:
+    """Bytes that the step holds outside `program`, with the loss and its gradient, the caller's."""
+    return _held_elsewhere(log, program, followed) + 2 * _bytes_of_numbers(program)
 
 
 def _held_elsewhere(log: Log, program: Program, followed: bool) -> int:

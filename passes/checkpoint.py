@@ -150,13 +150,9 @@ class Checkpoint(Pass):
     def apply(self, program: Program, plan: CheckpointPlan) -> Program:
         """The joint graph with the recomputations of `plan` in it."""
         flow = dataflow(program)
-        keep, ephemeral = values_named(flow, plan.keep), values_named(flow, plan.ephemeral)
-        order = order_named(flow, plan.order)
-        check_choice(flow, keep)
-        forget = forget_named(flow, plan.forget, order, keep)
-        choice = Choice(keep, ephemeral, order, 0.0, 0, forget)
+        choice = choice_of(flow, plan)
         steps = steps_of(flow, choice)
-        return with_recomputation(program, flow, keep | states_needed(flow, choice), steps)
+        return with_recomputation(program, flow, choice.keep | states_needed(flow, choice), steps)
 
     def limit_bytes(self, program: Program, plan: CheckpointPlan) -> int | None:
         """The budget; for "min" the plan's peak; None where no bound was asked for."""
@@ -175,6 +171,14 @@ class Checkpoint(Pass):
             return resolve_budget(self.memory, baseline_bytes)
         budget = resolve_budget(self.activations, baseline_bytes - static_bytes, "activations")
         return None if budget is None else budget + static_bytes
+
+
+def choice_of(flow: Dataflow, plan: CheckpointPlan) -> Choice:
+    """What `plan` says of `flow`, by values; PlanError where it was made for another program."""
+    keep, ephemeral = values_named(flow, plan.keep), values_named(flow, plan.ephemeral)
+    order = order_named(flow, plan.order)
+    check_choice(flow, keep)
+    return Choice(keep, ephemeral, order, 0.0, 0, forget_named(flow, plan.forget, order, keep))
 
 
 def plan_of(flow: Dataflow, choice: Choice, budget: int | None, baseline: int) -> CheckpointPlan:

@@ -40,6 +40,7 @@ MODULE_FLOORS = {
     **dict.fromkeys(["module_report", "numerics", "report_text", "timeline"], 4),
     **dict.fromkeys(["cache_rows", "draft_length", "speculative", "speculative_rounds"], 4),
     **dict.fromkeys(["calibrate_command", "kernels_command", "skip_command", "skip_report"], 4),
+    **dict.fromkeys(["batch_plan", "fit_command", "fitting", "sized_model"], 4),
     **dict.fromkeys(["distributed", "pipeline_transfers", "pipelining"], 4),
     **dict.fromkeys(
         ["lane", "pipeline_vocabulary", "stage_modules", "vocab_sweeps", "vocabulary_passes"], 4
