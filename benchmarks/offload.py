@@ -9,10 +9,11 @@ predictions, of a roofline and two channels, relative to the step that keeps eve
 """
 
 import argparse
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from harness import table
+from harness import megabytes, note, setup, table, write
 from torch import Tensor, nn
 
 import graphopt
@@ -36,47 +37,79 @@ class Stack(nn.Module):
         return x.square().mean()
 
 
-def row(model: nn.Module, x: Tensor, way: str, pass_: Pass) -> tuple[str, ...]:
-    """The way's predicted and measured MB, and the predicted time, split into its parts."""
+def row(model: nn.Module, x: Tensor, share: float, way: str, pass_: Pass) -> dict[str, Any]:
+    """The way's predicted and measured bytes, and the predicted time, split into its parts.
+
+    Where no plan fits, only the least that one needs.
+    """
+    found: dict[str, Any] = {"budget": share, "way": way}
     model.zero_grad()
     ours = graphopt.optimize(model, passes=[pass_], device="cpu-generic")
     try:
         ours(x).backward()
     except PlanError as error:
-        reachable = error.reachable_bytes or 0
-        return way, "-", "-", f"no: {reachable / 1e6:.1f} MB at least", "", ""
+        return found | {"least_bytes": error.reachable_bytes}
     model.zero_grad()
     record = ours._graphopt.log.records[-1]
     plan = record.steps[-1].plan
-    measured = measure(lambda: ours(x).backward()).peak_bytes
     exposed = getattr(plan, "exposed_seconds", 0.0) / plan.step_seconds
     recomputed = plan.recompute_seconds / plan.step_seconds
-    predicted = (plan.peak_bytes - record.static_bytes) / 1e6
-    times = (f"{1 + exposed + recomputed:.3f}", f"{exposed:.1%}", f"{recomputed:.1%}")
-    return way, f"{predicted:.2f}", f"{measured / 1e6:.2f}", *times
+    return found | {
+        "predicted_bytes": plan.peak_bytes - record.static_bytes,
+        "measured_bytes": measure(lambda: ours(x).backward()).peak_bytes,
+        "time": 1 + exposed + recomputed,
+        "waiting": exposed,
+        "recomputing": recomputed,
+        "offloaded_bytes": getattr(plan, "offloaded_bytes", 0),
+    }
+
+
+def cells(r: dict[str, Any]) -> list[str]:
+    """A row of the table."""
+    start = [f"{r['budget']}", r["way"]]
+    if "time" not in r:
+        return [*start, "-", "-", "-", f"needs {megabytes(r['least_bytes'])} MB in all", "", ""]
+    sizes = (megabytes(r[f"{key}_bytes"]) for key in ("predicted", "measured", "offloaded"))
+    return [*start, *sizes, f"{r['time']:.3f}", f"{r['waiting']:.1%}", f"{r['recomputing']:.1%}"]
 
 
 def main() -> None:
-    """Prints the table."""
-    parser = argparse.ArgumentParser()
+    """Writes the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--depth", type=int, default=8)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--rows", type=int, default=1024)
     parser.add_argument("--rates", default="2e8,1e9,4e9")
     parser.add_argument("--budgets", default="0.7,0.5,0.35")
     given = parser.parse_args()
+    setup()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model, x = Stack(given.depth, given.width), torch.randn(given.rows, given.width)
-    heads = ("budget, way", "predicted MB", "measured MB", "time", "waiting", "recomputing")
     rows = []
     for share in map(float, given.budgets.split(",")):
-        rows.append(row(model, x, f"{share}, Checkpoint", Checkpoint(memory=share)))
+        rows.append(row(model, x, share, "Checkpoint", Checkpoint(memory=share)))
         for rate in map(float, given.rates.split(",")):
             for way, recompute in (("offload", False), ("both", True)):
                 pass_ = OffloadSaved(memory=share, bytes_per_s=rate, recompute=recompute)
-                rows.append(row(model, x, f"{share}, {way} at {rate / 1e9:g} GB/s", pass_))
-    print(table(heads, rows))
+                rows.append(row(model, x, share, f"{way} at {rate / 1e9:g} GB/s", pass_))
+                note(str(rows[-1]))
+    head = [
+        "budget",
+        "way",
+        "predicted MB",
+        "measured MB",
+        "to the file MB",
+        "time",
+        "waiting",
+        "recomputing",
+    ]
+    text = (
+        f"{given.depth} blocks of width {given.width}, {given.rows} rows. Parameters and inputs are left "
+        "out of both peaks, but not of what a plan needs in all.\n\n"
+    )
+    data = {"rows": rows, "depth": given.depth, "width": given.width, "batch": given.rows}
+    write("offload", "Keep, recompute or offload", data, text + table(head, map(cells, rows)))
 
 
 if __name__ == "__main__":

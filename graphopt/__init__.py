@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from graphopt.passes.checkpoint import Checkpoint
     from graphopt.passes.fuse import Fuse
     from graphopt.passes.layer_sharing import share_weights
+    from graphopt.passes.offload_optimizer import OffloadOptimizer, offload_optimizer
     from graphopt.passes.offload_saved import OffloadSaved
     from graphopt.passes.overlap_comm import OverlapComm
     from graphopt.passes.pack_saved import PackSaved
@@ -51,6 +52,7 @@ __all__ = [
     "Fuse",
     "GiB",
     "GraphoptError",
+    "OffloadOptimizer",
     "OffloadSaved",
     "OptimizedModule",
     "OverlapComm",
@@ -75,6 +77,7 @@ __all__ = [
     "calibration_gradients",
     "fit",
     "measure",
+    "offload_optimizer",
     "optimize",
     "peak_formula",
     "plan_batches",
@@ -101,6 +104,7 @@ _LAZY = {
     "GB": "graphopt.cost_models.devices",
     "GiB": "graphopt.cost_models.devices",
     "GraphoptError": "graphopt.errors",
+    "OffloadOptimizer": "graphopt.passes.offload_optimizer",
     "OffloadSaved": "graphopt.passes.offload_saved",
     "OptimizedModule": "graphopt.api",
     "OverlapComm": "graphopt.passes.overlap_comm",
@@ -124,6 +128,7 @@ _LAZY = {
     "calibration_gradients": "graphopt.passes.calibration",
     "fit": "graphopt.fitting",
     "measure": "graphopt.measurement",
+    "offload_optimizer": "graphopt.passes.offload_optimizer",
     "optimize": "graphopt.api",
     "peak_formula": "graphopt.fitting",
     "plan_batches": "graphopt.batch_plan",

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from graphopt.passes.checkpoint import Checkpoint
     from graphopt.passes.fuse import Fuse
+    from graphopt.passes.offload_optimizer import OffloadOptimizer
     from graphopt.passes.offload_saved import OffloadSaved
     from graphopt.passes.overlap_comm import OverlapComm
     from graphopt.passes.pack_saved import PackSaved
@@ -24,6 +25,7 @@ if __name__ != "graphopt.passes":
 __all__ = [
     "Checkpoint",
     "Fuse",
+    "OffloadOptimizer",
     "OffloadSaved",
     "OverlapComm",
     "PackSaved",
@@ -41,6 +43,7 @@ __all__ = [
 _LAZY = {
     "Checkpoint": "graphopt.passes.checkpoint",
     "Fuse": "graphopt.passes.fuse",
+    "OffloadOptimizer": "graphopt.passes.offload_optimizer",
     "OffloadSaved": "graphopt.passes.offload_saved",
     "OverlapComm": "graphopt.passes.overlap_comm",
     "PackSaved": "graphopt.passes.pack_saved",

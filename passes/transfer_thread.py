@@ -38,6 +38,11 @@ class Request:
         """Nobody wants it any more."""
         self.is_wanted = False
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether `wait` would return at once."""
+        return self.is_done.is_set()
+
 
 R = TypeVar("R", bound=Request)
 
@@ -61,6 +66,10 @@ class Throttle:
         self._rate, self._ready = bytes_per_s, 0.0
         self._stopped = threading.Event()
         self.chunk = _CHUNK if bytes_per_s is None else int(min(_CHUNK, max(4096, bytes_per_s / 500)))
+
+    def begin(self, asked_s: float) -> None:
+        """What was asked for at `asked_s` of the clock begins: there was nothing to do before that."""
+        self._ready = max(self._ready, asked_s)
 
     def take(self, nbytes: int) -> None:
         """Wait until `nbytes` more have passed."""
