@@ -2,12 +2,12 @@
 
 import time
 from collections.abc import Callable
-from statistics import median
 
 import torch
 from torch import Tensor
 
-from graphopt.cost_models.link_costs import Line, contention_of
+from graphopt.cost_models.contention import Repetition, contention
+from graphopt.cost_models.link_costs import Line
 from graphopt.cost_models.optimizer_tasks import HOST, UpdateCosts
 from graphopt.cost_models.task_graph import DEVICE_TO_HOST, HOST_TO_DEVICE
 from graphopt.passes.host_memory import Host, Transfer
@@ -31,16 +31,16 @@ def measured_costs(
         fetch, put = probe.transfers(probe.memory.fetch), probe.transfers(probe.memory.put)
         alone = device.seconds(elements)
         seconds = work.seconds(probe.host_elements)
-        contention = {HOST: probe.contention(alone, seconds, probe.host_work)}
+        found = {HOST: probe.contention(alone, seconds, probe.host_work)}
         for channel, line, transfer in (
             (HOST_TO_DEVICE, fetch, probe.memory.fetch),
             (DEVICE_TO_HOST, put, probe.memory.put),
         ):
             start = probe.moving(transfer, probe.most_bytes)
-            contention[channel] = probe.contention(alone, line.seconds(probe.most_bytes), start)
+            found[channel] = probe.contention(alone, line.seconds(probe.most_bytes), start)
     finally:
         probe.close()
-    return UpdateCosts(device, work, move, fetch, put, contention)
+    return UpdateCosts(device, work, move, fetch, put, found)
 
 
 class _Probe:
@@ -146,7 +146,7 @@ class _Probe:
             wait()
             self.finish()
             times.append(time.perf_counter() - begin)
-        return contention_of(repeats * alone, seconds, median(times))
+        return contention([Repetition(repeats * alone, seconds, both) for both in times]).share
 
     def close(self) -> None:
         """Ends the threads."""
