@@ -33,7 +33,7 @@ typecheck: $(STAMP) ## mypy on the package as it is built
 		--config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache
 
 pytest: $(STAMP) ## the tests, without the slow ones
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 25
 
 bench: $(STAMP) ## list the benchmarks; each is a script to run by hand
 	@for script in benchmarks/*.py; do \
