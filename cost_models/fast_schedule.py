@@ -56,9 +56,8 @@ class FastBackward:
         self.fixed, self.must_keep = self._mask(fixed), self._mask(must_keep)
         self.end, self.owned = self._mask(end), self._mask(owned)
         self.outputs = self._mask(flow.outputs)
-        self._room = (
-            2 * max(len(self.arrays.reads_at), len(self.arrays.writes)) + 8
-        )  # of steps and values
+        # For so many steps, and values that they make.
+        self._room = 2 * max(len(self.arrays.reads_at), len(self.arrays.writes)) + 8
 
     def run(
         self,

@@ -28,6 +28,7 @@ from torch.distributed.pipelining import _utils, schedules, stage
 from graphopt.errors import GraphoptError
 from graphopt.passes.stage_plan import PipelinePlan
 from graphopt.pipeline_transfers import Routes, Rows, check_messages, with_transfers
+from graphopt.vocab_sweeps import gradient_of
 from graphopt.vocabulary_passes import VocabularyPasses
 
 # What has to be there: classes with their methods, and what their instances have.
@@ -326,6 +327,4 @@ def sum_gradients(module: torch.nn.Module, group: dist.ProcessGroup) -> None:
     """Sum the gradients of `module` over `group`; where a device has none, they count as zeros."""
     for parameter in module.parameters():
         if parameter.requires_grad:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            dist.all_reduce(parameter.grad, group=group)
+            dist.all_reduce(gradient_of(parameter), group=group)

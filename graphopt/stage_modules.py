@@ -5,7 +5,8 @@ parameter (masks, positions, tables of a rotary embedding) is not sent along: ea
 makes it from the inputs. The last stage puts out what the model returns.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -71,19 +72,16 @@ class _Cut:
     def __init__(self, program: Program, plan: StagePlan) -> None:
         self.program = program
         late = late_nodes(program)
-        given = (Role.TANGENT, Role.PARAMETER, Role.BUFFER, Role.INPUT)
-        self.items = {i.name: i for i in program.inputs if i.role in given}
+        self.items = {item.name: item for item in program.inputs}
         self.nodes = [n for n in program.operators() if n not in late]
         names = [n.name for n in self.nodes]
         if absent := [name for name in plan.last if name not in names]:
             raise PlanError(f"the plan was made for another program: it cuts after {absent[0]!r}")
         ends = [names.index(name) for name in plan.last]
         self.learned = self._learned()
-        self.stage = {
-            n: min(sum(place > end for end in ends[:-1]), len(ends) - 1)
-            for place, n in enumerate(self.nodes)
-        }
-        self.last = self._last_reads(len(ends) - 1)
+        self.stage = {n: bisect_left(ends[:-1], place) for place, n in enumerate(self.nodes)}
+        self.final = len(ends) - 1
+        self.last = self._last_reads()
 
     def _learned(self) -> set[fx.Node]:
         """The nodes that depend on a parameter."""
@@ -95,14 +93,14 @@ class _Cut:
                 found.add(node)
         return found
 
-    def _last_reads(self, end: int) -> dict[fx.Node, int]:
+    def _last_reads(self) -> dict[fx.Node, int]:
         """For each node, the last stage that reads it."""
         found: dict[fx.Node, int] = {}
         for node in self.nodes:
             if node in self.learned:
                 for source in node.all_input_nodes:
                     found[source] = max(found.get(source, 0), self.stage[node])
-        found.update({n: end for n in self.program.forward_outputs if isinstance(n, fx.Node)})
+        found.update({n: self.final for n in self.program.forward_outputs if isinstance(n, fx.Node)})
         return found
 
     def crossing(self, stage: int) -> list[fx.Node]:
@@ -113,8 +111,12 @@ class _Cut:
 
     def check_shared(self, stage_devices: Sequence[Sequence[int]]) -> None:
         """PlanError for a parameter of several stages on different devices."""
+        readers: dict[str, set[int]] = {}
+        for node in self.nodes:
+            for source in node.all_input_nodes:
+                readers.setdefault(source.name, set()).add(self.stage[node])
         for name, item in self.items.items():
-            users = {self.stage[n] for n in self.nodes if name in {s.name for s in n.all_input_nodes}}
+            users = readers.get(name, set())
             places = {tuple(stage_devices[s]) if stage_devices else (s,) for s in users}
             if item.role is Role.PARAMETER and len(places) > 1:
                 raise PlanError(
@@ -124,8 +126,8 @@ class _Cut:
 
     def module(self, stage: int, model: nn.Module) -> StageModule:
         """The stage as a module."""
-        is_last = stage == max(self.stage.values())
-        outputs = list(self.program.forward_outputs) if is_last else self.crossing(stage + 1)
+        is_final = stage == self.final
+        outputs = list(self.program.forward_outputs) if is_final else self.crossing(stage + 1)
         wanted = [n for n in self.nodes if self.stage[n] == stage and n in self.learned]
         needed = self._needed([*wanted, *(n for n in outputs if isinstance(n, fx.Node))], stage)
         graph, env, holder = fx.Graph(), dict[fx.Node, fx.Node](), nn.Module()
@@ -176,7 +178,7 @@ def _registered(holder: nn.Module, model: nn.Module, label: str) -> str:
 
 def _placeholders_first(graph: fx.Graph) -> None:
     """Inputs before everything else, in their order."""
-    inputs: Collection[fx.Node] = [n for n in graph.nodes if n.op == "placeholder"]
+    inputs = [n for n in graph.nodes if n.op == "placeholder"]
     first = next(iter(graph.nodes))
     for node in inputs:
         if node is not first:

@@ -70,7 +70,7 @@ def gradients(
         tile.logits(part)
         gradient = tile.gradient(part, lse, by)
         if wanted[0]:
-            _add_product(into.x, gradient, part.weight)
+            add_product(into.x, gradient, part.weight)
         if wanted[1]:
             torch.mm(gradient.t(), x, out=into.weight[span])
         if wanted[2]:
@@ -111,7 +111,7 @@ def sweep(
         if wanted[0]:
             torch.mm(gradient, weight, out=into.x[span])
         if wanted[1]:
-            _add_product(sums, gradient.t(), part.x)
+            add_product(sums, gradient.t(), part.x)
         if wanted[2]:
             bias += tile.summed(gradient)
     del tile
@@ -144,7 +144,7 @@ def attention(operands: Operands, columns: int) -> tuple[RowNumbers, Tensor]:
         new = statistics_of(z, part.targets, part.mix, part.summed, least, part.expected)
         if found is not None:
             mean.mul_((found.peak - finite(new.peak)).exp().to(mean.dtype)[:, None])
-        _add_product(mean, tile.lowered(z), part.weight)
+        add_product(mean, tile.lowered(z), part.weight)
         found = new if found is None else found.merge(new)
     assert found is not None, "the vocabulary is empty"
     mean.div_(found.mass.to(mean.dtype)[:, None])
@@ -177,7 +177,7 @@ def _empty(like: Tensor, wanted: bool, shape: Sequence[int], dtype: torch.dtype)
     return like.new_empty(shape if wanted else (0,), dtype=dtype)
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b, where total may have more precision than a and b; then in parts of its rows."""
     if total.dtype is a.dtype:
         total.addmm_(a, b)

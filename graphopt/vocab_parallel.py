@@ -23,6 +23,7 @@ from graphopt.errors import GraphoptError
 from graphopt.stream_plans import (
     Gradients,
     RowNumbers,
+    add_product,
     attention,
     attention_gradient,
     gradients,
@@ -43,7 +44,6 @@ from graphopt.vocab_loss import LossOptions, Targets, blend, loss_of, probable_t
 from graphopt.vocab_shard import Shard, gather_rows, sum_over
 
 aten = torch.ops.aten
-_SUM_ROWS = 1024  # rows of a sum of more precision that are added to at a time
 
 
 def vocab_parallel_cross_entropy(
@@ -225,7 +225,7 @@ def _sweep(
         for rows, value in zip(numbers, found, strict=True):
             rows[span] = value
         if dweight is not None:
-            _add_product(dweight, gradient.t(), part.x)
+            add_product(dweight, gradient.t(), part.x)
         if dbias is not None:
             dbias += tile.summed(gradient)
     del tile
@@ -252,15 +252,6 @@ def _block(tile: Tile, part: Operands, problem: Problem, dx: Tensor | None) -> t
     if problem.way.algorithm != "one-barrier" and dx is not None:
         torch.mm(gradient, part.weight, out=dx)
     return numbers, gradient
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, in parts of its rows where it has more precision."""
-    if total.dtype is a.dtype:
-        total.addmm_(a, b)
-        return
-    for span in spans(total.shape[0], _SUM_ROWS):
-        total[span] += torch.mm(a[span], b)
 
 
 # --- rows and logits -----------------------------------------------------------------------------
