@@ -5,6 +5,7 @@ import textwrap
 from typing import TYPE_CHECKING, Any
 
 from graphopt.errors import GraphoptError
+from graphopt.model_options import DTYPES
 
 if TYPE_CHECKING:
     from graphopt.cost_models.training_state import TrainingSetup
@@ -12,7 +13,6 @@ if TYPE_CHECKING:
     from graphopt.passes.base import Pass
 
 FORMULA_WIDTH = 400  # characters of a formula that are printed; JSON has all
-DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:

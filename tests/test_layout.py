@@ -39,7 +39,8 @@ MODULE_FLOORS = {
     **dict.fromkeys(["analysis", "chart", "comparison", "graph_report", "listings"], 4),
     **dict.fromkeys(["module_report", "numerics", "report_text", "timeline"], 4),
     **dict.fromkeys(["cache_rows", "draft_length", "speculative", "speculative_rounds"], 4),
-    **dict.fromkeys(["calibrate_command", "kernels_command", "skip_command", "skip_report"], 4),
+    **dict.fromkeys(["calibrate_command", "kernels_command", "model_options", "report_command"], 4),
+    **dict.fromkeys(["skip_command", "skip_report"], 4),
     **dict.fromkeys(["batch_plan", "fit_command", "fitting", "sized_model"], 4),
     **dict.fromkeys(["distributed", "pipeline_transfers", "pipelining"], 4),
     **dict.fromkeys(

@@ -1,0 +1,114 @@
+"""What commands that look at a model's step share: the options, the model they name and its capture."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from graphopt.errors import GraphoptError, TraceError
+
+if TYPE_CHECKING:
+    from graphopt.models import LoadedModel
+    from graphopt.passes.base import Pass
+    from graphopt.passes.budget import Budget
+    from graphopt.program import Program
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+_BUDGET = "bytes, a size (6GiB), a share of the plain peak (0.5), or min"
+
+
+def add_model_arguments(command: argparse.ArgumentParser) -> None:
+    """The model, and what a zoo model is built with."""
+    add = command.add_argument
+    add("model", metavar="MODEL", help="a zoo name, file.py:factory or file.pt2")
+    add("--batch", type=positive, metavar="N", help="samples (zoo models; default 2)")
+    add("--seq", type=positive, metavar="N", help="tokens of each sample (zoo models; default 32)")
+    add("--size", choices=("small", "default"), help="size of a zoo model (default: default)")
+    add("--dtype", choices=DTYPES, help="of the weights of a zoo model (default float32)")
+    add("--set", action="append", default=[], metavar="NAME=VALUE,...", help="configuration")
+
+
+def add_step_arguments(command: argparse.ArgumentParser) -> None:
+    """The budget of a step, and whose costs count."""
+    budgets = command.add_mutually_exclusive_group()
+    budgets.add_argument("--memory", metavar="BUDGET", help=f"for the step's peak: {_BUDGET}")
+    budgets.add_argument("--activations", metavar="BUDGET", help="without gradients and weights")
+    budgets.add_argument("--inference", action="store_true", help="forward only, nothing is kept")
+    add = command.add_argument
+    add("--device", default="cpu", help="whose costs count: a name, or cpu for this machine")
+
+
+def positive(text: str) -> int:
+    """The number of at least 1 that an option gives."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
+    return int(text)
+
+
+def passes_of(options: argparse.Namespace) -> "list[Pass]":
+    """The passes that the options ask for: a checkpoint plan within the budget."""
+    from graphopt.passes.checkpoint import Checkpoint
+
+    wanted = budget(options.memory), budget(options.activations)
+    return [Checkpoint(memory=wanted[0], activations=wanted[1])]
+
+
+def budget(text: str | None) -> "Budget":
+    """A budget as it is written on the command line: `0.5` and `4096` are numbers."""
+    if text is None:
+        return None
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def loaded_model(options: argparse.Namespace) -> "LoadedModel":
+    """The model, its weights on the meta device where it can be built there."""
+    import torch
+
+    from graphopt import zoo
+    from graphopt.models import load_model
+    from graphopt.terminal import note
+
+    given: dict[str, Any] = {
+        "size": options.size,
+        "batch": options.batch,
+        "seq": options.seq,
+        "dtype": getattr(torch, options.dtype) if options.dtype else None,
+        "overrides": zoo.parse_overrides(",".join(options.set)),
+    }
+    if options.model in zoo.ENTRIES:
+        given["size"] = options.size or "default"
+    if Path(options.model).suffix == ".pt2":
+        return load_model(options.model, **given)
+    try:
+        return load_model(options.model, device="meta", **given)
+    except GraphoptError as error:
+        if ".py:" not in options.model:
+            raise
+        loaded = load_model(options.model, **given)
+        note(f"the weights are in memory, since on the meta device {error}")
+        return loaded
+
+
+def traced_program(loaded: "LoadedModel", options: argparse.Namespace) -> "Program":
+    """A training step; forward only where that is asked for, or an exported program cannot train."""
+    from graphopt.analysis import trace_loaded
+    from graphopt.terminal import note
+
+    if not loaded.example_args and not loaded.example_kwargs:
+        raise GraphoptError(f"{loaded.name} comes without inputs; return (model, inputs)")
+    try:
+        program = trace_loaded(loaded, training=not options.inference)
+    except TraceError as error:
+        if options.inference or not loaded.name.endswith(".pt2"):
+            raise
+        note(f"forward only, since {error}")
+        program = trace_loaded(loaded, training=False)
+    if not program.is_joint and (options.memory or options.activations):
+        raise GraphoptError(
+            f"{loaded.name} has no backward, so nothing is kept that a budget could bound"
+        )
+    return program

@@ -1,0 +1,51 @@
+"""`graphopt report`: predict memory and time of a model's step."""
+
+import argparse
+
+from graphopt.model_options import (
+    add_model_arguments,
+    add_step_arguments,
+    loaded_model,
+    passes_of,
+    positive,
+    traced_program,
+)
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """The options of `graphopt report`."""
+    add_model_arguments(command)
+    add_step_arguments(command)
+    add = command.add_argument
+    add("--top", type=positive, default=10, metavar="N", help="entries of each list (default 10)")
+    add("--json", metavar="FILE", help="write the report as JSON too; - prints only JSON")
+    command.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Carry the command out."""
+    import time
+    import warnings
+
+    from graphopt.analysis import analyse
+    from graphopt.cost_models.devices import get_device
+    from graphopt.report_text import report_lines
+    from graphopt.terminal import print_lines, progress, write_text
+
+    passes = passes_of(options)
+    device = get_device(options.device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with progress(f"building {options.model}"):
+            loaded = loaded_model(options)
+        begin = time.perf_counter()
+        with progress(f"tracing {loaded.name}"):
+            program = traced_program(loaded, options)
+        traced = time.perf_counter() - begin
+        with progress(f"planning {loaded.name}"):
+            chosen = passes if program.is_joint else []
+            report = analyse(program, loaded.name, chosen, device, traced)
+    if options.json:
+        write_text(options.json, report.to_json())
+    if options.json != "-":
+        print_lines(report_lines(report, options.top))
