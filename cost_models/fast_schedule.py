@@ -13,17 +13,22 @@ import numpy as np
 from graphopt.compiled import compiled, flat_rows
 from graphopt.cost_models.memory import Dataflow
 
+NOTHING = np.empty((2, 0), np.int64)
+
 
 @dataclass(frozen=True)
 class Profile:
     """One backward: the operator of each step (an index), and the bytes alive while it runs.
 
-    `kept` are the held values that the backward reads or must keep, `kept_bytes` their sum. `start_bytes`
-    are alive before the first step. `seconds` and `flops` are of what runs beside the anchored
-    operators, less the first run of each operator of the backward.
+    Step i makes the values `makes[makes_at[i] : makes_at[i + 1]]`. `kept` are the held values that the
+    backward reads or must keep, `kept_bytes` their sum. `start_bytes` are alive before the first step.
+    `seconds` and `flops` are of what runs beside the anchored operators, less the first run of each
+    operator of the backward.
     """
 
     operators: np.ndarray
+    makes_at: np.ndarray
+    makes: np.ndarray
     during: np.ndarray
     kept: frozenset[int]
     kept_bytes: int
@@ -64,19 +69,25 @@ class FastBackward:
         held: Collection[int] | np.ndarray,
         ephemeral: Collection[int] | np.ndarray,
         order: Sequence[int] | np.ndarray,
+        forget: np.ndarray = NOTHING,
     ) -> Profile:
-        """The backward in `order` with the values `held` alive before it; labels may be masks."""
+        """The backward in `order` with the values `held` alive before it; labels may be masks.
+
+        `forget`, int64[2, n], are places in `order`, rising, and values that count as not made after
+        the operators there.
+        """
         a = self.arrays
         start = self._mask(held)
-        steps = self._steps(start | self.fixed, self._mask(ephemeral), np.asarray(order, np.int64))
-        kept = compiled(_kept, on_disk=True)(a.reads_at, a.reads, steps[0], start, self.must_keep)
+        labels = start | self.fixed, self._mask(ephemeral), forget
+        steps = self._steps(*labels, np.asarray(order, np.int64))
+        kept = compiled(_kept, on_disk=True)(a.reads_at, a.reads, *steps, start, self.must_keep)
         during = compiled(_during, on_disk=True)(
             *(a.reads_at, a.reads, a.writes_at, a.writes, a.reusable_at, a.reusable),
             *(a.nbytes, a.workspace, *steps, kept | self.fixed, self.end, self.owned),
         )
         again = compiled(_again, on_disk=True)(steps[0], a.anchored, a.backward, a.seconds, a.flops)
         return Profile(
-            steps[0],
+            *steps,
             during,
             frozenset(np.flatnonzero(kept).tolist()),
             int(a.nbytes[kept].sum()),
@@ -101,7 +112,23 @@ class FastBackward:
         )
         return int(during.max(initial=0))
 
-    def _steps(self, start: np.ndarray, ephemeral: np.ndarray, order: np.ndarray) -> Any:
+    def idle(self, profile: Profile, step: int) -> np.ndarray:
+        """Where each value was touched last that only waits while `step` runs, and is read later.
+
+        int64[values]: the place of an anchored operator among these, which ran, or for which the
+        operator ran that touched it; -1 for a value that was there from the begin, -2 for all others.
+        """
+        a = self.arrays
+        start = self._mask(profile.kept) | self.fixed
+        found: np.ndarray = compiled(_idle, on_disk=True)(
+            *(a.reads_at, a.reads, profile.operators, profile.makes_at, profile.makes),
+            *(start, a.anchored, step),
+        )
+        return found
+
+    def _steps(
+        self, start: np.ndarray, ephemeral: np.ndarray, forget: np.ndarray, order: np.ndarray
+    ) -> Any:
         """The operators of the steps, where what each makes begins, and the values made."""
         a = self.arrays
         while True:
@@ -109,7 +136,7 @@ class FastBackward:
             makes, stack = np.empty(self._room, np.int64), np.empty((2, len(a.reads_at) + 1), np.int64)
             count, made = compiled(_steps, on_disk=True)(
                 *(a.reads_at, a.reads, a.writes_at, a.writes, a.producer),
-                *(start, ephemeral, order, *found, makes, *stack),
+                *(start, ephemeral, *forget, order, *found, makes, *stack),
             )
             if count >= 0:
                 return found[0][:count], found[1][: count + 1], makes[:made]
@@ -157,6 +184,8 @@ def _steps(
     producer: Any,
     start: Any,
     ephemeral: Any,
+    places_of: Any,
+    forgotten: Any,
     order: Any,
     operators: Any,
     makes_at: Any,
@@ -166,8 +195,8 @@ def _steps(
 ) -> Any:
     """How many steps there are, and values made; -1 where there is no room for them."""
     live = start.copy()
-    count = made = 0
-    for anchor in order:
+    count = made = next_ = 0
+    for number, anchor in enumerate(order):
         first = made
         for read in range(reads_at[anchor], reads_at[anchor + 1] + 1):
             depth = 0
@@ -201,7 +230,46 @@ def _steps(
                     count += 1
         for k in range(first, made - (writes_at[anchor + 1] - writes_at[anchor])):
             live[makes[k]] = not ephemeral[makes[k]]
+        while next_ < len(forgotten) and places_of[next_] == number:
+            live[forgotten[next_]] = False
+            next_ += 1
     return count, made
+
+
+def _idle(
+    reads_at: Any,
+    reads: Any,
+    operators: Any,
+    makes_at: Any,
+    makes: Any,
+    start: Any,
+    anchored: Any,
+    now: Any,
+) -> Any:
+    """As `FastBackward.idle`."""
+    last = np.where(start, -1, -2)
+    place = 0
+    for step in range(now):
+        index = operators[step]
+        for k in range(makes_at[step], makes_at[step + 1]):
+            last[makes[k]] = place
+        for k in range(reads_at[index], reads_at[index + 1]):
+            if last[reads[k]] > -2:
+                last[reads[k]] = place
+        place += anchored[index]
+    index, found = operators[now], np.full(len(start), -2)
+    for k in range(reads_at[index], reads_at[index + 1]):
+        last[reads[k]] = -2
+    for k in range(makes_at[now], makes_at[now + 1]):
+        last[makes[k]] = -2
+    for step in range(now + 1, len(operators)):
+        index = operators[step]
+        for k in range(reads_at[index], reads_at[index + 1]):
+            if last[reads[k]] > -2:
+                found[reads[k]], last[reads[k]] = last[reads[k]], -2
+        for k in range(makes_at[step], makes_at[step + 1]):
+            last[makes[k]] = -2
+    return found
 
 
 def _needed(
@@ -226,12 +294,16 @@ def _needed(
     return found
 
 
-def _kept(reads_at: Any, reads: Any, operators: Any, start: Any, must_keep: Any) -> Any:
-    """The values of `start` that a step reads, or that must be kept."""
-    wanted = must_keep.copy()
-    for index in operators:
+def _kept(
+    reads_at: Any, reads: Any, operators: Any, makes_at: Any, makes: Any, start: Any, must_keep: Any
+) -> Any:
+    """The values of `start` that a step reads before one makes them, or that must be kept."""
+    wanted, made = must_keep.copy(), np.zeros(len(start), np.bool_)
+    for step, index in enumerate(operators):
         for k in range(reads_at[index], reads_at[index + 1]):
-            wanted[reads[k]] = True
+            wanted[reads[k]] |= not made[reads[k]]
+        for k in range(makes_at[step], makes_at[step + 1]):
+            made[makes[k]] = True
     return wanted & start
 
 

@@ -48,8 +48,8 @@ class CheckpointPlan(Plan):
 
     `ephemeral` values are recomputed for each use, every other value that the backward needs once.
     `order` names the operators of the backward that run once, in order; it is empty for autograd's.
-    `forget` names some of those operators, each with recomputed values that are given up after it: what
-    reads them later makes them again. It is empty unless recomputation is nested.
+    `forget` names some of those operators, each with values that are given up after it: what reads them
+    later makes them again.
     Peaks are bytes of the whole step, parameters and inputs included; `baseline_bytes` is the peak
     with everything kept. The step's own seconds and FLOPs do not count what `recompute_seconds` and
     `recompute_flops` add. `least_recompute_seconds` is a lower bound for every plan of this order under
@@ -178,7 +178,7 @@ def choice_of(flow: Dataflow, plan: CheckpointPlan) -> Choice:
     keep, ephemeral = values_named(flow, plan.keep), values_named(flow, plan.ephemeral)
     order = order_named(flow, plan.order)
     check_choice(flow, keep)
-    return Choice(keep, ephemeral, order, 0.0, 0, forget_named(flow, plan.forget, order, keep))
+    return Choice(keep, ephemeral, order, 0.0, 0, forget_named(flow, plan.forget, order))
 
 
 def plan_of(flow: Dataflow, choice: Choice, budget: int | None, baseline: int) -> CheckpointPlan:

@@ -254,9 +254,15 @@ def is_complete(flow: Dataflow, keep: Collection[int]) -> bool:
 
 
 def pruned(flow: Dataflow, choice: Choice) -> Choice:
-    """`choice` without the kept values that the backward does not read."""
-    read = {v for s in steps_of(flow, choice) for v in flow.operators[s.operator].reads}
-    return replace(choice, keep=choice.keep & read, ephemeral=choice.ephemeral & read)
+    """`choice` without the kept values that the backward does not read, or not before it made them."""
+    read, made = set[int](), set[int]()
+    first = set[int]()  # read before any step made it
+    for step in steps_of(flow, choice):
+        reads = flow.operators[step.operator].reads
+        read.update(reads)
+        first.update(v for v in reads if v not in made)
+        made.update(step.makes)
+    return replace(choice, keep=choice.keep & first, ephemeral=choice.ephemeral & read)
 
 
 def check_choice(flow: Dataflow, keep: Collection[int]) -> None:

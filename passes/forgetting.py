@@ -1,7 +1,7 @@
 """What a backward forgets between its operators: how nested recomputation is said and carried out.
 
-A value that was recomputed and is read again much later may be given up meanwhile: after an operator of
-the backward it is *forgotten*, and made again where it is read next. Any such list can be carried out,
+A value that is read again much later may be given up meanwhile: after an operator of the backward it is
+*forgotten*, and made again where it is read next. Any such list can be carried out,
 as what is read and not there is made; so a list says what is spent, never what is computed.
 """
 
@@ -15,12 +15,15 @@ Forget = tuple[tuple[int, tuple[int, ...]], ...]  # operators of the backward, a
 ForgetNames = tuple[tuple[str, tuple[str, ...]], ...]
 
 
-def forgotten(steps: Sequence[Step], wish: Mapping[int, Collection[int]]) -> Forget:
-    """What of `wish` changes anything in `steps`: what was made before, and is made again later.
+def forgotten(
+    steps: Sequence[Step], wish: Mapping[int, Collection[int]], keep: Collection[int] = ()
+) -> Forget:
+    """What of `wish` changes anything in `steps`: what was there before, and is made again later.
 
-    `steps` are those of the backward that forgets all of `wish`, by operators that run once.
+    `steps` are those of the backward that forgets all of `wish`, by operators that run once, and begins
+    with the values `keep`.
     """
-    made: set[int] = set()
+    made = set(keep)
     found: list[tuple[int, set[int]]] = []
     for step in steps:
         made.update(step.makes)
@@ -46,13 +49,11 @@ def forget_names(flow: Dataflow, forget: Forget) -> ForgetNames:
     )
 
 
-def forget_named(
-    flow: Dataflow, names: ForgetNames, order: Collection[int], keep: Collection[int]
-) -> Forget:
+def forget_named(flow: Dataflow, names: ForgetNames, order: Collection[int]) -> Forget:
     """What `names` means in `flow`; PlanError for what is not there, or is there only once.
 
-    An operator has to be one of `order`. A value that the forward keeps for the backward cannot be
-    forgotten, nor one that an operator of the backward makes once.
+    An operator has to be one of `order`. What an operator of the backward makes once cannot be
+    forgotten.
     """
     anchors = {flow.operators[a].name: a for a in order}
     by_label = {v.label: i for i, v in enumerate(flow.values)}
@@ -63,15 +64,13 @@ def forget_named(
         for label in labels:
             if label not in by_label:
                 raise PlanError(f"the plan was made for another program: it forgets {label!r}")
-            _check(flow, by_label[label], keep)
+            _check(flow, by_label[label])
         found.append((anchors[name], tuple(by_label[label] for label in labels)))
     return tuple(found)
 
 
-def _check(flow: Dataflow, value: int, keep: Collection[int]) -> None:
+def _check(flow: Dataflow, value: int) -> None:
     label, producer = flow.values[value].label, flow.values[value].producer
-    if value in keep:
-        raise PlanError(f"{label} is kept by the forward and cannot be forgotten")
     if producer == NO_PRODUCER:
         raise PlanError(f"{label} is there all through the step and cannot be forgotten")
     operator = flow.operators[producer]

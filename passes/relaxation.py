@@ -7,83 +7,44 @@ others stay that take longer to make. And some labels only pay together, which a
 is work on labels that are simulated in machine code, bounded by the steps that are simulated.
 """
 
+import functools
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-import numpy as np
-
-from graphopt.cost_models.fast_schedule import FastBackward, Profile
 from graphopt.cost_models.memory import NO_PRODUCER, Dataflow
+from graphopt.passes.annealing import annealed
 from graphopt.passes.chain_solver import Choice
-from graphopt.passes.checkpoint_choice import made_for, pruned, step_of
+from graphopt.passes.checkpoint_choice import made_for, pruned, steps_of
+from graphopt.passes.forgetting import forgotten
+from graphopt.passes.label_search import Found, LabelSearch
 
 WORK = 2_000_000  # steps of backwards that each of the three may simulate
-REFUSED = 20_000  # as many steps is taken to be the simulation of one that does not fit after all
 ROUNDS = 6
 GIVEN_UP = 12  # of the groups of kept values that free the most bytes for their seconds
 EJECTIONS = 6  # groups that are given up for one value
-RUNS = 300  # of annealing, for each value that may change
-HEAT = 0.001  # of the step's seconds: the temperature at which annealing begins
 _EPSILON = 1e-12
-
-
-@dataclass(frozen=True)
-class Found:
-    """A choice, and its backward as simulated."""
-
-    choice: Choice
-    profile: Profile
-
-    @property
-    def seconds(self) -> float:
-        """Of recomputation."""
-        return self.profile.seconds
 
 
 def relaxed(flow: Dataflow, choice: Choice, limit_bytes: int) -> Choice:
     """`choice` with less recomputation, its peak still at most `limit_bytes`, static bytes left out.
 
-    A nested choice stays as it is.
+    A choice that forgets, as a nested one does, stays as it is.
     """
     if choice.forget:
         return choice
-    search = _Search(flow, limit_bytes, np.array(choice.order, np.int64))
+    search = _Search(flow, limit_bytes, choice.order)
     best = search.run(choice)
-    for improve in (search.fill, search.exchange, search.anneal):
+    for improve in (search.fill, search.exchange, functools.partial(annealed, search), search.fill):
         search.left = WORK
         best = improve(best)
-    return pruned(flow, best.choice)
+    steps = steps_of(flow, best.choice)
+    forget = forgotten(steps, dict(best.choice.forget), best.choice.keep)
+    return pruned(flow, replace(best.choice, forget=forget))
 
 
-class _Search:
-    """Labels of one dataflow, simulated until `left` steps are."""
-
-    def __init__(self, flow: Dataflow, limit_bytes: int, order: np.ndarray) -> None:
-        self.flow, self.limit, self.order, self.left = flow, limit_bytes, order, 0
-        self._fast = FastBackward(flow, (), (), flow.gradients, ())
-        self._has_states = any(o.state is not None for o in flow.operators)
-
-    def run(self, choice: Choice) -> Found:
-        """The backward of `choice`."""
-        profile = self._fast.run(choice.keep, choice.ephemeral, self.order)
-        self.left -= len(profile.operators)
-        return Found(choice, profile)
-
-    def fits(self, found: Found) -> bool:
-        """Whether its backward does."""
-        return found.profile.peak_bytes <= self.limit
-
-    def accepted(self, found: Found) -> Found | None:
-        """`found` without what is kept for nothing, if the whole step fits, too."""
-        choice = replace(found.choice, keep=found.profile.kept)
-        peak = self._fast.forward_peak(choice.keep)
-        if peak <= self.limit and self._has_states:  # of generators, which take memory, too
-            peak = step_of(self.flow, choice).peak_bytes
-        if peak > self.limit:
-            self.left -= REFUSED
-            return None
-        return replace(found, choice=choice)
+class _Search(LabelSearch):
+    """Labels filled up, and exchanged."""
 
     # --- values that can stay ------------------------------------------------------------------
 
@@ -212,34 +173,6 @@ class _Search:
             ephemeral = ephemeral.union(*(made_for(self.flow, v, keep) for v in group))
         return replace(choice, keep=keep, ephemeral=ephemeral)
 
-    # --- chance --------------------------------------------------------------------------------
-
-    def anneal(self, best: Found) -> Found:
-        """Change a few labels at random, also to what takes more time, the less so the later."""
-        flow, choice = self.flow, best.choice
-        values = sorted(v for v in {*choice.keep, *self._made_again(best)} if _can_change(flow, v))
-        if not values or best.seconds <= 0:
-            return best
-        runs = min(self.left // max(1, len(best.profile.operators)), RUNS * len(values))
-        random = np.random.default_rng(0)
-        labels = _masks(len(flow.values), choice)
-        now, heat = best.seconds, HEAT * sum(o.seconds for o in flow.operators)
-        for number in range(runs):
-            if self.left <= 0:
-                break
-            trial = labels.copy()
-            for value in random.choice(values, random.integers(1, 4)):
-                label = random.integers(3)  # kept, made for each use, made once
-                trial[:, value] = label == 0, label == 1
-            profile = self._fast.run(trial[0], trial[1], self.order)
-            allowed = now - heat * (1 - number / runs) ** 2 * np.log(random.random())
-            if profile.peak_bytes > self.limit or profile.seconds > allowed:
-                continue
-            labels, now = trial, profile.seconds
-            if now < best.seconds - _EPSILON:
-                best = self.accepted(Found(_choice(choice, labels), profile)) or best
-        return best
-
 
 def _moves(choice: Choice, value: int) -> Iterator[Choice]:
     """`value` kept; or, where it is made for each use, made once."""
@@ -247,20 +180,3 @@ def _moves(choice: Choice, value: int) -> Iterator[Choice]:
     yield replace(choice, keep=choice.keep | {value}, ephemeral=held)
     if value in choice.ephemeral:
         yield replace(choice, ephemeral=held)
-
-
-def _can_change(flow: Dataflow, value: int) -> bool:
-    producer = flow.values[value].producer
-    return producer != NO_PRODUCER and flow.operators[producer].recomputable
-
-
-def _masks(count: int, choice: Choice) -> np.ndarray:
-    """Which values are kept, and which are made for each use, bool[2, count]."""
-    found = np.zeros((2, count), np.bool_)
-    found[0, list(choice.keep)] = found[1, list(choice.ephemeral)] = True
-    return found
-
-
-def _choice(choice: Choice, labels: np.ndarray) -> Choice:
-    keep, ephemeral = (frozenset(np.flatnonzero(mask).tolist()) for mask in labels)
-    return replace(choice, keep=keep, ephemeral=ephemeral)

@@ -156,7 +156,8 @@ class _Replay:
         values = self.flow.value_of[node.name]
         if node.op in ("placeholder", "get_attr"):
             return self.forward[node]
-        if len(values) == 1 and self.carriers.get(values[0]) is node:
+        is_carrier = len(values) == 1 and self.carriers.get(values[0]) is node
+        if is_carrier and node not in self.current:
             return self.forward[node]
         if node in self.operator_of or (node in self.current and node.target is _getitem):
             return self.current[node]

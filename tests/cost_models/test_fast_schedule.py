@@ -1,5 +1,9 @@
 """The compiled backward is the plain one, on random dataflows, labels, orders and borders."""
 
+import itertools
+from collections.abc import Collection
+
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,12 +23,19 @@ def assert_same(
     must: set[int],
     end: set[int],
     owned: set[int],
+    forget: Collection[tuple[int, int]] = (),
 ) -> None:
-    steps = backward_steps(flow, held | fixed, ephemeral, order)
+    wish = {a: [v for place, v in forget if place == p] for p, a in enumerate(order)}
+    steps = backward_steps(flow, held | fixed, ephemeral, order, wish)
     operators = [flow.operators[s.operator] for s in steps]
-    kept = held & ({v for o in operators for v in o.reads} | must)
+    made, first = set[int](), set(must)
+    for step in steps:
+        first.update(set(flow.operators[step.operator].reads) - made)
+        made.update(step.makes)
+    kept = held & first
     timeline = simulate(flow, steps, kept | fixed, end, owned)
-    profile = FastBackward(flow, fixed, must, end, owned).run(held, ephemeral, order)
+    pairs = np.array(sorted(forget), np.int64).reshape(-1, 2).T
+    profile = FastBackward(flow, fixed, must, end, owned).run(held, ephemeral, order, pairs)
     assert profile.operators.tolist() == [s.operator for s in steps]
     assert tuple(profile.during.tolist()) == timeline.during
     assert profile.peak_bytes == timeline.peak_bytes
@@ -45,16 +56,43 @@ def test_it_is_the_plain_backward(flow: Dataflow, data: st.DataObject) -> None:
     subset = st.sets(st.sampled_from(forward))
     held = data.draw(subset, "held")
     fixed = data.draw(st.sets(st.sampled_from(every), max_size=3), "fixed") - held
+    order = (
+        data.draw(st.permutations(anchors(flow)), "order") if data.draw(st.booleans()) else anchors(flow)
+    )
+    places = st.integers(0, len(order) - 1)
+    forget = st.sets(st.tuples(places, st.sampled_from(forward)), max_size=4)
     assert_same(
         flow,
         held,
         data.draw(subset, "ephemeral") - held,
-        data.draw(st.permutations(anchors(flow)), "order") if data.draw(st.booleans()) else anchors(flow),
+        order,
         fixed,
         data.draw(subset, "must") & held,
         {*flow.gradients, *data.draw(st.sets(st.sampled_from(every), max_size=3), "end")},
         data.draw(st.sets(st.sampled_from(sorted(fixed)))) if fixed else set(),
+        data.draw(forget, "forget") if order else (),
     )
+
+
+@settings(max_examples=200)
+@given(training_flows(operators=8), st.data())
+def test_what_only_waits_and_since_when(flow: Dataflow, data: st.DataObject) -> None:
+    forward = [v for i in flow.forward for v in flow.operators[i].writes]
+    fast = FastBackward(flow, (), (), flow.gradients, ())
+    profile = fast.run(data.draw(st.sets(st.sampled_from(forward))), (), anchors(flow))
+    bounds = profile.makes_at.tolist()
+    makes = [set(profile.makes[a:b].tolist()) for a, b in itertools.pairwise(bounds)]
+    reads = [set(flow.own_reads[i]) for i in profile.operators.tolist()]
+    places = list(
+        itertools.accumulate((flow.operators[i].anchored for i in profile.operators), initial=0)
+    )
+    now = data.draw(st.integers(0, len(makes) - 1), "step")
+    for value, since in enumerate(fast.idle(profile, now).tolist()):
+        touched = [k for k in range(now) if value in reads[k] | makes[k]]
+        there = value in profile.kept or any(value in makes[k] for k in range(now))
+        later = [k for k in range(now + 1, len(makes)) if value in reads[k] | makes[k]]
+        waits = there and value not in reads[now] | makes[now] and later and value in reads[later[0]]
+        assert since == ((places[touched[-1]] if touched else -1) if waits else -2)
 
 
 def test_results_made_a_second_time_and_operands_written_over() -> None:

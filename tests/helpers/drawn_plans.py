@@ -39,7 +39,8 @@ class Drawn(Checkpoint):
         rest = [v for v in values if v not in keep]
         ephemeral = {v for v in rest if draw.random() < self.ephemeral}
         order = drawn_order(flow, draw) if self.reorder else tuple(anchors(flow))
-        forget = tuple((a, tuple(v for v in rest if draw.random() < self.forget)) for a in order)
+        again = sorted(set(values) - stuck(flow))
+        forget = tuple((a, tuple(v for v in again if draw.random() < self.forget)) for a in order)
         return plan_of(flow, keep, ephemeral, order, forget if self.forget else ())
 
 

@@ -28,14 +28,14 @@ def test_it_fits_is_no_slower_and_keeps_what_is_free(flow: Dataflow, share: floa
     limit = low + int(share * max(0, high - low))
     after = relaxed(flow, before, limit)
     check_choice(flow, after.keep)
-    peak, seconds = naive_step(flow, after.keep, after.ephemeral, after.order)
+    peak, seconds = naive_step(flow, after.keep, after.ephemeral, after.order, after.forget)
     assert peak <= limit
     assert seconds <= step_of(flow, before).recompute_seconds + 1e-9
     for value, facts in enumerate(flow.values):
         made_early = facts.producer != NO_PRODUCER and not flow.operators[facts.producer].backward
         if made_early and value not in after.keep:
             more = kept_too(flow, after, value)
-            peak, faster = naive_step(flow, more.keep, more.ephemeral, more.order)
+            peak, faster = naive_step(flow, more.keep, more.ephemeral, more.order, more.forget)
             assert peak > limit or faster >= seconds - 1e-9
 
 
