@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.graphopt-installed
 BUILT := build/typecheck
 
-.PHONY: help install demo test lint typecheck pytest bench clean
+.PHONY: help install demo test lint typecheck pytest bench docs clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
@@ -39,6 +39,9 @@ bench: $(STAMP) ## list the benchmarks; each is a script to run by hand
 	@for script in benchmarks/*.py; do \
 		[ -e "$$script" ] && echo "$(BIN)/python $$script" || echo "no benchmarks yet"; \
 	done
+
+docs: $(STAMP) ## the documentation as pages in build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 clean: ## remove what the checks built; .venv stays
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
