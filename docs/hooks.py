@@ -230,9 +230,9 @@ def notebooks() -> str:
 
 def commands() -> str:
     """The command line, from its parser: usage and options of each command."""
-    from graphopt.cli import _parser
+    from graphopt.cli import parser as command_line
 
-    return "\n\n".join(_command(parser, help_) for parser, help_ in _leaves(_parser(), ""))
+    return "\n\n".join(_command(parser, help_) for parser, help_ in _leaves(command_line(), ""))
 
 
 def _leaves(parser: argparse.ArgumentParser, help_: str) -> Iterator[tuple[argparse.ArgumentParser, str]]:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from graphopt.passes.stream_blocks import StreamBlocks
     from graphopt.passes.stream_layers import StreamLayers
     from graphopt.passes.stream_loss import StreamLoss
+    from graphopt.plan_file import PlanFile
     from graphopt.program import Program
     from graphopt.report import Report
     from graphopt.sharded_parameters import shard_parameters
@@ -60,6 +61,7 @@ __all__ = [
     "PatchInference",
     "PipelinePlan",
     "PlanError",
+    "PlanFile",
     "Program",
     "Report",
     "SkipDecode",
@@ -112,6 +114,7 @@ _LAZY = {
     "PatchInference": "graphopt.passes.patch_inference",
     "PipelinePlan": "graphopt.passes.stage_plan",
     "PlanError": "graphopt.errors",
+    "PlanFile": "graphopt.plan_file",
     "Program": "graphopt.program",
     "Report": "graphopt.report",
     "SkipDecode": "graphopt.passes.skip_decode",

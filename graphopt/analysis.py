@@ -9,6 +9,7 @@ from graphopt.cost_models.devices import Device
 from graphopt.models import LoadedModel
 from graphopt.passes.base import Pass
 from graphopt.passes.pipeline import run_passes
+from graphopt.passes.stream_blocks import run_or_stream
 from graphopt.program import Program
 from graphopt.report import Report
 from graphopt.runtime import GraphRecord, Log, Settings
@@ -22,8 +23,12 @@ def analyse(
     passes: Sequence[Pass],
     device: Device,
     trace_seconds: float = 0.0,
+    *,
+    streams_blocks: bool = False,
 ) -> Report:
     """The report on `program` after `passes`, with costs on `device`; raises what they raise.
+
+    With `streams_blocks` a budget may be met by `StreamBlocks`, as in `optimize(memory=...)`.
 
     >>> import torch
     >>> from graphopt import Checkpoint
@@ -35,12 +40,18 @@ def analyse(
     True
     """
     settings = Settings(tuple(passes), "eager", device)
-    tangents = unlikely_tangents(program)
-    program = without_gradients(program, tangents) if tangents else program
+    program = as_planned(program)
     costs = Costs.of(program, device)
-    changed, steps = run_passes(program, passes, lambda p: Costs.of(p, device), time.perf_counter)
+    run = run_or_stream if streams_blocks else run_passes
+    changed, steps = run(program, passes, lambda p: Costs.of(p, device), time.perf_counter)
     record = GraphRecord(program, changed, steps, costs, trace_seconds)
     return Report.of(name, settings, Log(records=[record]))
+
+
+def as_planned(program: Program) -> Program:
+    """`program` without the gradients of outputs beside a loss, as `optimize` plans it."""
+    tangents = unlikely_tangents(program)
+    return without_gradients(program, tangents) if tangents else program
 
 
 def trace_loaded(loaded: LoadedModel, *, training: bool) -> Program:

@@ -20,6 +20,7 @@ from graphopt.passes.budget import Budget
 from graphopt.passes.checkpoint import Checkpoint
 from graphopt.passes.module_pass import ModulePass
 from graphopt.passes.split_vocab import SplitVocab
+from graphopt.plan_file import PlanFile, held_or_given
 from graphopt.report import Report
 from graphopt.runtime import Backend, Log, Settings
 from graphopt.sharded_parameters import refuse_fully_sharded
@@ -45,6 +46,7 @@ def optimize(
     profile: bool = False,
     verify: str = "structure",
     mesh: "DeviceMesh | None" = None,
+    plan: PlanFile | None = None,
 ) -> Any:
     """`model` (a module or a function), made to train within a memory budget.
 
@@ -63,11 +65,11 @@ def optimize(
         compiler: "eager" runs the planned graphs operator by operator, exactly; "inductor" hands
             them to Inductor; "auto" chooses Inductor where a toolchain for it is there.
         device: whose costs decide between recomputations: a name, a `Device`, or None for this one.
-        verify: "structure" checks every rewritten graph; "full" also compares its numerics, on made-up
-            inputs, with the graph's before.
+        verify: "structure" checks every rewritten graph; "full" compares its numerics on made-up inputs.
         profile: measure the time of every distinct operator instead of predicting it.
         mesh: ranks that `SplitVocab()`, first of `passes`, splits the vocabulary of `model` itself over.
         fullgraph: raise TraceError at a graph break instead of planning the parts.
+        plan: plans made before, as `PlanFile.load` reads them, for exactly the graphs of these inputs.
 
     Raises:
         PlanError: a budget that cannot be met (with `reachable_bytes`), or one that is malformed.
@@ -81,14 +83,19 @@ def optimize(
     torch.Size([32, 8])
     """
     _check(model, verify)
+    passes = held_or_given(plan, compiler, passes, (memory, activations, mesh))
     if mesh is not None or any(isinstance(p, SplitVocab) for p in passes or ()):
         model, passes = _split(model, passes, mesh, device, (memory, activations, loss) == (None,) * 3)
     first, rest = _module_passes_first(passes)
     chosen, model = _passes(rest, memory, activations), run_module_passes(model, first)
     if (first or mesh is not None) and not chosen and loss is None and compiler == "eager":
         return model
-    settings = Settings(chosen, _compiler(compiler), _device(device, model), profile, verify, not passes)
-    state = _State(settings, fullgraph, loss, _name(model))
+    ways = _compiler(compiler), _device(device, model)
+    settings = Settings(chosen, *ways, profile, verify, not passes, plan)
+    return _wrapped(model, _State(settings, fullgraph, loss, _name(model)))
+
+
+def _wrapped(model: Any, state: "_State") -> Any:
     if isinstance(model, nn.Module):
         return _optimized_module(model, state)
     return OptimizedFunction(model, state)
@@ -279,8 +286,9 @@ class OptimizedModule:
         """The report, with the measured memory and time of a plain and of an optimised step.
 
         The arguments are those of a call. Of each kind, five steps run: forward and backward of the
-        loss, as the model is now (mode, autocast). Gradients, buffers and random generators are put
-        back afterwards; parameters do not change, unless a hook of the model changes them.
+        loss, under `no_grad` the forward, as the model is now (mode, autocast). Gradients, buffers and
+        random generators are put back afterwards; parameters do not change, unless a hook of the model
+        changes them.
         """
         return self._graphopt.measure(self, args, kwargs)
 
@@ -362,16 +370,20 @@ def dynamo_backend(
 ) -> Callable[..., Any]:
     """The backend behind `torch.compile(model, backend="graphopt", options={...})`.
 
-    Options are those of `optimize`: memory, activations, passes, compiler, device, profile.
+    Options are those of `optimize`: memory, activations, passes, plan, compiler, device, profile.
     """
     given = dict(options or {})
-    known = {"memory", "activations", "passes", "compiler", "device", "profile"}
+    known = {"memory", "activations", "passes", "plan", "compiler", "device", "profile"}
     if unknown := sorted(set(given) - known):
         raise GraphoptError(f"unknown option {unknown[0]!r}; known are {', '.join(sorted(known))}")
+    plan, compiler = given.get("plan"), given.get("compiler", "eager")
+    budgets = given.get("memory"), given.get("activations")
+    passes = held_or_given(plan, compiler, given.get("passes"), budgets)
     settings = Settings(
-        _passes(given.get("passes"), given.get("memory"), given.get("activations")),
-        _compiler(given.get("compiler", "eager")),
+        _passes(passes, *budgets),
+        _compiler(compiler),
         _device(given.get("device"), module),
         bool(given.get("profile", False)),
+        held=plan,
     )
     return Backend(settings, Log())(module, example_inputs)

@@ -9,41 +9,72 @@ from collections.abc import Callable, Sequence
 from graphopt import (
     __version__,
     calibrate_command,
+    completion_command,
+    diff_command,
     fit_command,
     kernels_command,
+    optimize_command,
+    plan_command,
     report_command,
+    show_command,
     skip_command,
+    verify_command,
 )
 from graphopt.errors import GraphoptError
 
+EXIT_CODES = """\
+exit codes:
+  0  it did what was asked
+  1  it could not, or verify found a difference; one line on the error stream says why
+  2  wrong usage
+  3  graphopt diff --exit-code: the files differ
+"""
+_Formatter = argparse.RawDescriptionHelpFormatter
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; 0 where it did what was asked, 1 where it could not, 2 on wrong usage."""
+    """Run the command, and return one of `EXIT_CODES`."""
     try:
-        options = _parser().parse_args(argv)
+        options = parser().parse_args(argv)
     except SystemExit as stop:  # after --help, --version, or a message about the usage
         return int(stop.code or 0)
     try:
-        options.run(options)
+        code = options.run(options)
         sys.stdout.flush()
     except GraphoptError as error:
         print(f"graphopt: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except BrokenPipeError:  # the reader of a pipe has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+        return 0
+    return int(code or 0)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="graphopt", description=__doc__)
-    parser.add_argument("--version", action="version", version=f"graphopt {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+def parser() -> argparse.ArgumentParser:
+    """The commands, and what each of them takes."""
+    found = argparse.ArgumentParser(
+        prog="graphopt", description=__doc__, epilog=EXIT_CODES, formatter_class=_Formatter
+    )
+    found.add_argument("--version", action="version", version=f"graphopt {__version__}")
+    commands = found.add_subparsers(required=True, metavar="COMMAND")
     report_command.add_arguments(
         commands.add_parser("report", help="predict memory and time of a model's step")
     )
+    plan_command.add_arguments(commands.add_parser("plan", help="write what passes decide to a file"))
+    optimize_command.add_arguments(
+        commands.add_parser("optimize", help="run a plain and an optimised step, side by side")
+    )
+    show_command.add_arguments(
+        commands.add_parser("show", help="a model's graph before and after a pass")
+    )
+    verify_command.add_arguments(
+        commands.add_parser("verify", help="compare an optimised step with eager and float64")
+    )
+    diff_command.add_arguments(commands.add_parser("diff", help="in what two plans or reports differ"))
     fit_command.add_arguments(commands.add_parser("fit", help="the largest batch or sequence that fits"))
     skip_command.add_arguments(commands.add_parser("skip", help="remove layers of a model"))
     kernels_command.add_arguments(commands.add_parser("kernels", help="show a generated kernel"))
+    completion_command.add_arguments(commands.add_parser("completion", help="a script for a shell"))
     measure_links = commands.add_parser("calibrate", help="measure collectives, under torchrun")
     calibrate_command.add_arguments(measure_links)
     listings: dict[str, tuple[Callable[[argparse.Namespace], None], str]] = {
@@ -55,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=help_)
         command.add_argument("--json", action="store_true", help="print JSON")
         command.set_defaults(run=run)
-    return parser
+    return found
 
 
 def _passes(options: argparse.Namespace) -> None:

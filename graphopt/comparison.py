@@ -51,15 +51,15 @@ def compare_steps(
 ) -> StepComparison:
     """Measure a step of `plain` and of `optimized`, two callables around the same `model`.
 
-    A step is a forward and the backward of its loss. Each kind runs once to warm up, once under
-    `measure`, and `RUNS` times in turn with the other for its time. Every step starts without
-    gradients and from the same random numbers; gradients, buffers and the state of the generators
-    are put back at the end.
+    A step is a forward and the backward of its loss, or under `no_grad` a forward. Each kind runs once
+    to warm up, once under `measure`, and `RUNS` times in turn with the other for its time. Every step
+    starts without gradients and from the same random numbers; gradients, buffers and the state of the
+    generators are put back at the end.
     """
     device = next((t.device for t in model.parameters()), torch.device("cpu"))
-    leaves = _leaves(model, args, kwargs)
+    leaves = gradient_leaves(model, args, kwargs)
     steps = (_step(plain, leaves, args, kwargs), _step(optimized, leaves, args, kwargs))
-    with _left_as_it_was(model, leaves, device) as start_again:
+    with left_as_it_was(model, leaves, device) as start_again:
         peaks, times = [], []
         for step in steps:
             start_again()
@@ -77,7 +77,9 @@ def compare_steps(
     return StepComparison(figures[0], figures[1], _static_bytes(model, args, kwargs))
 
 
-def _leaves(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+def gradient_leaves(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[torch.Tensor, ...]:
     """The tensors that get a gradient: parameters and inputs."""
     tensors = [*model.parameters(), *pytree.tree_leaves((args, kwargs))]
     return tuple(
@@ -104,10 +106,12 @@ def _step(
     kwargs: dict[str, Any],
 ) -> Callable[[], None]:
     def step() -> None:
-        with torch.enable_grad():
-            loss_of(function(*args, **kwargs)).backward()
+        loss_of(function(*args, **kwargs)).backward()
 
-    return step
+    def forward() -> None:
+        function(*args, **kwargs)
+
+    return step if torch.is_grad_enabled() else forward
 
 
 def _seconds(step: Callable[[], None], device: torch.device) -> float:
@@ -124,7 +128,7 @@ def _wait_for(device: torch.device) -> None:
 
 
 @contextlib.contextmanager
-def _left_as_it_was(
+def left_as_it_was(
     model: nn.Module, leaves: tuple[torch.Tensor, ...], device: torch.device
 ) -> Iterator[Callable[[], None]]:
     """Gives a function that goes back to the start: no gradients, same buffers, same generators."""

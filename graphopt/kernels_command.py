@@ -1,6 +1,7 @@
 """`graphopt kernels`: the text of a generated kernel, what it moves, and its machine code."""
 
 import argparse
+import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -43,13 +44,14 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add("--arch", default="sm_90", metavar="sm_N", help="what --lint compiles for (default sm_90)")
     add("--lint", action="store_true", help="compile with NVRTC, and judge the machine code")
     add("--quiet", action="store_true", help="without the text")
+    add("--json", metavar="FILE", help="write text and facts as JSON too; - prints only JSON")
     command.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:
     """Carry the command out."""
     from graphopt.codegen.cuda_form import Traits
-    from graphopt.terminal import print_table
+    from graphopt.terminal import print_table, write_text
 
     known = kernels()
     if options.name not in known:
@@ -69,6 +71,11 @@ def run(options: argparse.Namespace) -> None:
         rows.append(("form", f"{form.team} threads for a row, {form.pack} columns in a pack, {held}"))
         if options.lint:
             rows += _lint(traits.region, source, options.arch)
+    if options.json:
+        facts = {"kernel": options.name, "dtype": options.dtype, "shape": shape, "facts": dict(rows)}
+        write_text(options.json, json.dumps({**facts, "text": text}, indent=1))
+    if options.json == "-":
+        return
     if not options.quiet:
         print(text)
     print_table(f"{options.name}, {options.dtype}, {options.shape}", ("", ""), rows)

@@ -4,12 +4,13 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from graphopt.errors import GraphoptError, TraceError
+from graphopt.errors import GraphoptError, PlanError, TraceError
 
 if TYPE_CHECKING:
     from graphopt.models import LoadedModel
     from graphopt.passes.base import Pass
     from graphopt.passes.budget import Budget
+    from graphopt.plan_file import PlanFile
     from graphopt.program import Program
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -37,6 +38,13 @@ def add_step_arguments(command: argparse.ArgumentParser) -> None:
     add("--device", default="cpu", help="whose costs count: a name, or cpu for this machine")
 
 
+def add_passes_argument(command: argparse.ArgumentParser) -> None:
+    """Passes as text, instead of a budget."""
+    command.add_argument(
+        "--passes", metavar="PASSES", help="instead of a budget: 'Checkpoint(memory=0.6),Fuse()'"
+    )
+
+
 def positive(text: str) -> int:
     """The number of at least 1 that an option gives."""
     if not text.isdigit() or int(text) < 1:
@@ -45,7 +53,13 @@ def positive(text: str) -> int:
 
 
 def passes_of(options: argparse.Namespace) -> "list[Pass]":
-    """The passes that the options ask for: a checkpoint plan within the budget."""
+    """The passes that the options ask for: `--passes`, or a checkpoint plan within the budget."""
+    if text := getattr(options, "passes", None):
+        from graphopt.pass_syntax import parse_passes
+
+        if options.memory or options.activations:
+            raise GraphoptError("give either --passes or a budget: a budget is short for one Checkpoint")
+        return parse_passes(text)
     from graphopt.passes.checkpoint import Checkpoint
 
     wanted = budget(options.memory), budget(options.activations)
@@ -66,21 +80,10 @@ def budget(text: str | None) -> "Budget":
 
 def loaded_model(options: argparse.Namespace) -> "LoadedModel":
     """The model, its weights on the meta device where it can be built there."""
-    import torch
-
-    from graphopt import zoo
     from graphopt.models import load_model
     from graphopt.terminal import note
 
-    given: dict[str, Any] = {
-        "size": options.size,
-        "batch": options.batch,
-        "seq": options.seq,
-        "dtype": getattr(torch, options.dtype) if options.dtype else None,
-        "overrides": zoo.parse_overrides(",".join(options.set)),
-    }
-    if options.model in zoo.ENTRIES:
-        given["size"] = options.size or "default"
+    given = _given(options)
     if Path(options.model).suffix == ".pt2":
         return load_model(options.model, **given)
     try:
@@ -93,13 +96,83 @@ def loaded_model(options: argparse.Namespace) -> "LoadedModel":
         return loaded
 
 
+def model_with_weights(options: argparse.Namespace) -> "LoadedModel":
+    """The model on the CPU, with its weights, to be run on the inputs that it comes with."""
+    from graphopt.models import load_model
+
+    loaded = load_model(options.model, **_given(options))
+    check_inputs(loaded)
+    return loaded
+
+
+def check_inputs(loaded: "LoadedModel") -> None:
+    """GraphoptError where the model comes without inputs."""
+    if not loaded.example_args and not loaded.example_kwargs:
+        raise GraphoptError(f"{loaded.name} comes without inputs; return (model, inputs)")
+
+
+def _given(options: argparse.Namespace) -> dict[str, Any]:
+    """What the options say of the model, as `load_model` takes it."""
+    import torch
+
+    from graphopt import zoo
+
+    return {
+        "size": options.size or ("default" if options.model in zoo.ENTRIES else None),
+        "batch": options.batch,
+        "seq": options.seq,
+        "dtype": getattr(torch, options.dtype) if options.dtype else None,
+        "overrides": zoo.parse_overrides(",".join(options.set)),
+    }
+
+
+def model_choice(options: argparse.Namespace) -> dict[str, Any]:
+    """What a plan file says of the model: the options that are given, by name."""
+    return {name: getattr(options, name) for name in _CHOICE if getattr(options, name)}
+
+
+def held_plan(options: argparse.Namespace) -> "PlanFile | None":
+    """The file of `--plan`; the options of its model become those of `options`.
+
+    PlanError where they are for another model, or say something else.
+    """
+    from graphopt.plan_file import PlanFile
+
+    if options.plan is None:
+        return None
+    if options.memory or options.activations or getattr(options, "passes", None):
+        raise GraphoptError("give either --plan or what to plan: a budget or --passes")
+    plan = PlanFile.load(options.plan)
+    if plan.options is None:  # made in Python: the graph alone says which model it is for
+        return plan
+    if plan.model != options.model:
+        raise PlanError(f"{options.plan} is for the model {plan.model}, not for {options.model}")
+    for name in _CHOICE:
+        given, held = getattr(options, name), plan.options.get(name)
+        if given and given != held:
+            raise PlanError(
+                f"{options.plan} is for {_option(name, held)}, and here is {_option(name, given)}"
+            )
+        if held is not None:
+            setattr(options, name, held)
+    return plan
+
+
+_CHOICE = ("size", "batch", "seq", "dtype", "set", "inference")
+
+
+def _option(name: str, value: Any) -> str:
+    if value is None or value is True:
+        return f"--{name}" if value else f"no --{name}"
+    return f"--{name} {','.join(value) if isinstance(value, list) else value}"
+
+
 def traced_program(loaded: "LoadedModel", options: argparse.Namespace) -> "Program":
     """A training step; forward only where that is asked for, or an exported program cannot train."""
     from graphopt.analysis import trace_loaded
     from graphopt.terminal import note
 
-    if not loaded.example_args and not loaded.example_kwargs:
-        raise GraphoptError(f"{loaded.name} comes without inputs; return (model, inputs)")
+    check_inputs(loaded)
     try:
         program = trace_loaded(loaded, training=not options.inference)
     except TraceError as error:

@@ -18,7 +18,7 @@ from graphopt.program import Program, tensors_of
 def compare_numerics(after: Program, before: Program, tolerance: float = 1e-5) -> None:
     """Raise VerifyError naming the output of `after` that differs most from that of `before`."""
     with _disable_current_modes(), torch.no_grad(), torch.random.fork_rng():
-        inputs = [_made_up(n) for n in before.graph.nodes if n.op == "placeholder"]
+        inputs = [made_up(n) for n in before.graph.nodes if n.op == "placeholder"]
         expected, found = _run(before, inputs), _run(after, inputs)
         for node, old, new in zip(after.outputs, expected, found, strict=True):
             if isinstance(node, fx.Node) and isinstance(old, torch.Tensor):
@@ -41,7 +41,8 @@ def _run(program: Program, inputs: list[object]) -> tuple[object, ...]:
     return tuple(fx.Interpreter(program.module).run(*copies, enable_io_processing=False))
 
 
-def _made_up(node: fx.Node) -> object:
+def made_up(node: fx.Node) -> object:
+    """What stands for the input `node`: random numbers in its layout, zeros where they are integers."""
     tensor = tensors_of(node)[0]
     if tensor is None:
         return node.meta.get("val")

@@ -7,6 +7,7 @@ operator returns a view is not listed here: the storages recorded while tracing 
 
 import functools
 import operator
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -117,13 +118,18 @@ _ZERO_IF_ALL_ARGUMENTS_ZERO = {
 
 def is_random(node: fx.Node) -> bool:
     """True where running `node` draws from the random number generator."""
-    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+    return draws(node.target, node.args, node.kwargs)
+
+
+def draws(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """True where calling `target` so draws from the random number generator."""
+    if torch.Tag.nondeterministic_seeded not in getattr(target, "tags", ()):
         return False
-    position = _DROPOUT_ARGUMENT.get(node.target)
+    position = _DROPOUT_ARGUMENT.get(target)
     if position is None:
         return True
-    probability = node.args[position] if len(node.args) > position else node.kwargs.get("dropout_p", 0.0)
-    if node.target is aten.native_dropout.default and len(node.args) > 2 and node.args[2] is False:
+    probability = args[position] if len(args) > position else kwargs.get("dropout_p", 0.0)
+    if target is aten.native_dropout.default and len(args) > 2 and args[2] is False:
         return False
     return bool(probability != 0.0)
 

@@ -28,6 +28,7 @@ from graphopt.tangents import unlikely_tangents, without_gradients
 
 if TYPE_CHECKING:
     from graphopt.comparison import StepComparison
+    from graphopt.plan_file import PlanFile
 
 Boxed = Callable[[list[Any]], Sequence[Any]]
 ATTEMPTS = 6  # plans for one graph, each with less room, where Inductor holds more than planned
@@ -48,6 +49,7 @@ class Settings:
     profile: bool = False
     verify: str = "structure"
     streams_blocks: bool = False
+    held: "PlanFile | None" = None  # plans that were made before, in place of planning
 
 
 @dataclass(frozen=True)
@@ -178,7 +180,8 @@ class _Graph:
         self.accumulation = Accumulation(
             [i for i, item in enumerate(full.inputs) if item.role is Role.PARAMETER]
         )
-        if self.frame.broken_at is None:
+        held = self.settings.held
+        if self.frame.broken_at is None and not (held and held.knows(full)):
             self.unlikely = unlikely_tangents(full)
         program = without_gradients(full, self.unlikely) if self.unlikely else full
         planned = self._run_passes(program)
@@ -200,8 +203,9 @@ class _Graph:
 
     def _run_passes(self, program: Program) -> Program:
         traced = time.perf_counter() - self.log.begin
+        held = self.settings.held
         may_stream = self.settings.streams_blocks and self.settings.compiler == "eager"
-        run = run_or_stream if may_stream else run_passes
+        run = held.run if held else run_or_stream if may_stream else run_passes
         planned, steps = run(program, self.settings.passes, self._costs, time.perf_counter)
         self.steps = steps
         if self.settings.verify == "full":
@@ -312,7 +316,8 @@ class _Graph:
             expected = all(arguments[i] is None for i in unlikely)
             for i, argument in enumerate(arguments):
                 if argument is None and not (expected and i in unlikely):
-                    arguments[i] = _zeros_like(fills[i])
+                    like = fills[i]
+                    arguments[i] = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
             if expected or self.full_backward is None:
                 return usual(arguments)
             if not full:
@@ -367,10 +372,6 @@ def _eager(module: fx.GraphModule, accumulation: Accumulation | None = None) -> 
     if accumulation is not None:
         accumulation.insert(module)
     return boxed(module)
-
-
-def _zeros_like(value: torch.Tensor) -> torch.Tensor:
-    return torch.zeros(value.shape, dtype=value.dtype, device=value.device)
 
 
 def _noted(log: Log, graph: _Graph, compiled: Callable[..., Any]) -> Callable[..., Any]:

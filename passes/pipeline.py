@@ -25,12 +25,16 @@ def run_passes(
     passes: Sequence[Pass],
     costs_of: Callable[[Program], Costs],
     clock: Callable[[], float],
+    plans: Sequence[Plan] | None = None,
 ) -> tuple[Program, tuple[PassStep, ...]]:
-    """Plan and apply each pass in turn; the result of each is verified before the next sees it."""
+    """Plan and apply each pass in turn; the result of each is verified before the next sees it.
+
+    With `plans`, one for each pass, nothing is planned.
+    """
     steps = []
-    for pass_ in passes:
+    for number, pass_ in enumerate(passes):
         begin = clock()
-        plan = pass_.plan(program, costs_of(program))
+        plan = pass_.plan(program, costs_of(program)) if plans is None else plans[number]
         changed = pass_.apply(program, plan)
         try:
             verify(changed, before=program, may_drop_gradients=pass_.drops_gradients)

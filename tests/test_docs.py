@@ -23,7 +23,7 @@ import pytest
 
 import graphopt
 from graphopt import passes
-from graphopt.cli import _parser
+from graphopt.cli import parser
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -127,7 +127,7 @@ def check_command(words: list[str]) -> None:
     if not words:
         return
     if "graphopt" in words and (words[0] == "graphopt" or words[words.index("graphopt") - 1] == "-m"):
-        options = _parser().parse_args(words[words.index("graphopt") + 1 :])
+        options = parser().parse_args(words[words.index("graphopt") + 1 :])
         assert callable(options.run)
         return
     assert words[0] in ("make", "pip", "python", "sudo", "torchrun", ".venv/bin/python"), words
@@ -318,7 +318,7 @@ def test_commands_and_benchmarks_are_listed(site: dict[Path, Page]) -> None:
     pages = {
         path.name: "".join(page.text) for path, page in site.items() if path.parent.name != "results"
     }
-    (actions,) = (a for a in _parser()._actions if hasattr(a, "_choices_actions"))
+    (actions,) = (a for a in parser()._actions if hasattr(a, "_choices_actions"))
     assert all(f"graphopt {name}" in pages["cli.html"] for name in actions.choices or ())
     assert "--memory BUDGET" in pages["cli.html"]
     for path in (ROOT / "benchmarks/results").glob("*.md"):

@@ -1,5 +1,6 @@
 """`graphopt kernels`: texts, predicted bytes and times, and the lint."""
 
+import json
 from typing import Any
 
 import pytest
@@ -27,6 +28,12 @@ def test_bytes_and_time_of_a_kernel(capsys: pytest.CaptureFixture[str]) -> None:
 def test_all_names(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     quiet = shown(capsys, name, "--dtype", "float32", "--quiet")
     assert "__global__" not in quiet and "GB/s of h100" in quiet
+
+
+def test_json_has_the_text_and_the_facts(capsys: pytest.CaptureFixture[str]) -> None:
+    data = json.loads(shown(capsys, "softmax", "--shape", "8x16", "--json", "-"))
+    assert (data["kernel"], data["dtype"], data["shape"]) == ("softmax", "bfloat16", [8, 16])
+    assert "__global__" in data["text"] and data["facts"]["bytes"].startswith("512 B")
 
 
 def test_the_text_for_numba(capsys: pytest.CaptureFixture[str]) -> None:

@@ -41,6 +41,10 @@ MODULE_FLOORS = {
     **dict.fromkeys(["cache_rows", "draft_length", "speculative", "speculative_rounds"], 4),
     **dict.fromkeys(["calibrate_command", "kernels_command", "model_options", "report_command"], 4),
     **dict.fromkeys(["skip_command", "skip_report"], 4),
+    **dict.fromkeys(["completion_command", "diff_command", "optimize_command", "plan_command"], 4),
+    **dict.fromkeys(["show_command", "verify_command"], 4),
+    **dict.fromkeys(["bisection", "deviation", "differences", "fingerprint", "pass_syntax"], 4),
+    **dict.fromkeys(["plan_file", "program_text", "verification"], 4),
     **dict.fromkeys(["batch_plan", "fit_command", "fitting", "sized_model"], 4),
     **dict.fromkeys(["distributed", "pipeline_transfers", "pipelining"], 4),
     **dict.fromkeys(
