@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.graphopt-installed
 BUILT := build/typecheck
 
-.PHONY: help install demo test lint typecheck pytest bench docs clean
+.PHONY: help install demo test lint typecheck pytest notebooks bench docs clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
@@ -34,6 +34,10 @@ typecheck: $(STAMP) ## mypy on the package as it is built
 
 pytest: $(STAMP) ## the tests, without the slow ones
 	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 25
+
+notebooks: $(STAMP) ## strip the notebooks of outputs, as they are in git
+	$(BIN)/python notebooks/strip.py
+	$(BIN)/ruff format notebooks
 
 bench: $(STAMP) ## list the benchmarks; each is a script to run by hand
 	@for script in benchmarks/*.py; do \

@@ -125,7 +125,13 @@ def svg_of(lines: "Sequence[Text]", title: str, width: int) -> str:
     """An SVG of lines of styled text, `width` characters wide; the same one for the same lines."""
     from rich.console import Console
 
-    console = Console(record=True, file=io.StringIO(), width=width, color_system="truecolor")
+    console = Console(
+        record=True,
+        file=io.StringIO(),
+        width=width,
+        color_system="truecolor",
+        force_jupyter=False,  # in a notebook it would show the lines as well
+    )
     for line in lines:
         console.print(line, overflow="crop", no_wrap=True)
     identity = hashlib.sha256(repr((title, [(x.plain, x.spans) for x in lines])).encode()).hexdigest()[

@@ -26,6 +26,7 @@ from graphopt.cost_models.devices import Device, format_bytes, parse_bytes
 from graphopt.cost_models.training_state import TrainingSetup
 from graphopt.errors import GraphoptError, PlanError
 from graphopt.fitting import Fitting
+from graphopt.html_table import cell_text, heading, preformatted, table
 from graphopt.origin import format_seconds
 from graphopt.passes.base import Pass
 from graphopt.passes.symbolic_peak import SymbolicStep
@@ -107,6 +108,20 @@ class BatchPlan:
         """The plan as JSON text."""
         both = {"seconds": self.seconds, "constant_seconds": self.constant_seconds}
         return json.dumps({**dataclasses.asdict(self), **both}, indent=1)
+
+    def _repr_html_(self) -> str:
+        """A table for a notebook."""
+        head = (self.variable, "large batch", "small batch", "peak", "an epoch takes")
+        rows = [
+            (
+                *map(cell_text, (s.size, s.large_batch, s.small_batch)),
+                format_bytes(s.peak_bytes),
+                format_seconds(s.epoch_seconds),
+            )
+            for s in self.stages
+        ]
+        first, *_, last = str(self).splitlines()
+        return "\n".join([heading(first.rstrip(":")), table(head, rows), preformatted(last.strip())])
 
     def __str__(self) -> str:
         lines = [f"{self.model} in {format_bytes(self.memory_bytes)}, {self.cycles} cycles:"]

@@ -17,6 +17,8 @@ from graphopt.cost_models.polynomials import NotPolynomialError
 from graphopt.cost_models.symbolic import SymbolicFlow
 from graphopt.cost_models.training_state import TrainingSetup
 from graphopt.errors import GraphoptError
+from graphopt.html_table import heading, table
+from graphopt.origin import format_seconds
 from graphopt.passes.base import Pass
 from graphopt.passes.checkpoint import Checkpoint, CheckpointPlan, plan_of
 from graphopt.passes.checkpoint_choice import everything, step_of, without_gradient_bytes
@@ -77,11 +79,27 @@ class Fit:
         """The answer as JSON text."""
         return json.dumps(dataclasses.asdict(self), indent=1)
 
-    def __str__(self) -> str:
-        asked = [f"{k}={v}" for k, v in (("batch", self.batch), ("seq", self.seq)) if v is not None]
-        lines = [
-            f"{self.model} in {format_bytes(self.memory_bytes)} on {self.device}, {', '.join(asked)}:"
+    @property
+    def question(self) -> str:
+        """What was asked, as a line."""
+        asked = [f", {k}={v}" for k, v in (("batch", self.batch), ("seq", self.seq)) if v is not None]
+        return f"{self.model} in {format_bytes(self.memory_bytes)} on {self.device}{''.join(asked)}"
+
+    def _repr_html_(self) -> str:
+        """A table for a notebook."""
+        rows = [
+            (
+                *(named(row), shown(row.largest_batch), shown(row.largest_seq)),
+                *(format_bytes(row.peak_bytes), format_seconds(row.seconds)),
+                *(row.remark or f"{row.half} {row.operator}", row.formula),
+            )
+            for row in self.rows
         ]
+        head = ("passes", "batch", "sequence", "peak there", "step", "binds", "formula of the peak")
+        return heading(self.question) + table(head, rows)
+
+    def __str__(self) -> str:
+        lines = [f"{self.question}:"]
         for row in self.rows:
             found = [f"batch {shown(row.largest_batch)}"] if row.largest_batch is not None else []
             found += [f"sequence {shown(row.largest_seq)}"] if row.largest_seq is not None else []

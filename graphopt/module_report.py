@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from graphopt.errors import GraphoptError, TraceError
+from graphopt.html_table import heading, preformatted
 from graphopt.passes.module_pass import ModulePass
 from graphopt.plan import Plan
 from graphopt.report_text import pass_text
@@ -34,6 +35,14 @@ class ModuleReport:
         for step in self.steps:
             lines += [f"  pass {step.pass_}", *str(step.plan).splitlines(), str(step.measured)]
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """The report for a notebook: each pass, its plan, and what was measured."""
+        parts = [heading(f"graphopt report: {self.name}")]
+        for step in self.steps:
+            parts += [preformatted(f"pass {step.pass_}"), step.plan._repr_html_()]
+            parts.append(preformatted(str(step.measured)))
+        return "\n".join(parts)
 
     def to_json(self) -> str:
         """The report as JSON text: `model`, and `steps` with `pass`, `plan` and `measured`."""

@@ -51,10 +51,12 @@ def _module_path(source: str) -> str:
 
 
 def short_path(file: str) -> str:
-    """The path below the folder of installed packages, else below the current folder."""
+    """The path below the folder of installed packages, else below the current folder; "cell" for one."""
     for folder in ("site-packages/", "dist-packages/"):
         if folder in file:
             return file.rpartition(folder)[2]
+    if "/ipykernel_" in file:  # a cell of a notebook, under a name that says nothing
+        return "cell"
     path = Path(file)
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else file
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from graphopt.errors import PlanError
+from graphopt.html_table import fields_table, folded, heading, preformatted
 
 
 @dataclass(frozen=True)
@@ -15,6 +16,12 @@ class Plan:
     def table(self) -> str:
         """More lines for the report; "" where `str` of the plan says all."""
         return ""
+
+    def _repr_html_(self) -> str:
+        """The plan for a notebook: what it says, and its fields."""
+        title = heading(type(self).__name__)
+        fields = folded("all fields", fields_table(self))
+        return "\n".join([title, preformatted(str(self)), preformatted(self.table()), fields])
 
     def to_json(self) -> str:
         """The plan as JSON text, with the name of its class."""

@@ -1,6 +1,7 @@
 """A Program: one traced step as an FX graph of ATen operators, with roles and storages recorded."""
 
 import enum
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -13,6 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from graphopt import ops
 from graphopt.errors import TraceError
+from graphopt.html_table import cell_text, folded, heading, table
+from graphopt.origin import operator_name
 
 LEAVES = "graphopt_leaves"
 Storage = tuple[fx.Node, int]  # the node that made it, and which of its tensors
@@ -118,6 +121,26 @@ class Program:
         inputs = ", ".join(f"{count} {role.value}s" for role, count in kinds.items() if count)
         kind = "joint forward and backward" if self.is_joint else "forward"
         return f"Program({kind}: {sum(1 for _ in self.operators())} operators; {inputs})"
+
+    def _repr_html_(self) -> str:
+        """The program for a notebook: its inputs by role, and its operators by the bytes they make."""
+        nodes = {n.name: n for n in self.graph.nodes if n.op == "placeholder"}
+        given: Counter[str] = Counter()
+        for item in self.inputs:
+            given[item.role.value] += bytes_behind(nodes[item.name])
+        count = Counter(item.role.value for item in self.inputs)
+        inputs = [(role, cell_text(count[role]), cell_text(given[role])) for role in given]
+        calls, made = Counter(map(operator_name, self.operators())), Counter[str]()
+        for node in self.operators():
+            made[operator_name(node)] += sum(leaf.nbytes for leaf in leaves(node) if leaf.alias is None)
+        ranked = sorted(calls, key=lambda name: (-made[name], name))
+        rows = [(name, cell_text(calls[name]), cell_text(made[name])) for name in ranked]
+        parts = [
+            heading(str(self)),
+            table(("inputs", "count", "bytes"), inputs),
+            folded(f"{len(rows)} kinds of operators", table(("operator", "calls", "bytes made"), rows)),
+        ]
+        return "\n".join(parts)
 
 
 def tensors_of(node: fx.Node) -> tuple[torch.Tensor | None, ...]:

@@ -1,8 +1,6 @@
 """What `optimize` did and what it is worth: one object that prints, and writes JSON and HTML."""
 
-import html
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -10,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from graphopt import __version__
-from graphopt.cost_models.devices import format_bytes
 from graphopt.graph_report import GraphReport
 from graphopt.runtime import GraphRecord, Log, Settings
 from graphopt.timeline import CATEGORIES, MemoryTimeline
@@ -137,19 +134,9 @@ class Report:
 
     def _repr_html_(self) -> str:
         """Tables for a notebook."""
-        rows = [
-            ("predicted peak", self.predicted_peak_bytes, self.baseline_peak_bytes),
-            ("measured peak", self.measured_peak_bytes, self.measured_baseline_bytes),
-        ]
-        cells = [(what, *map(_bytes_or_dash, values)) for what, *values in rows]
-        parts = [f"<p><b>{html.escape(self.name)}</b></p>"]
-        parts.append(_table(("", "optimized", "plain"), cells))
-        for graph in self.graphs:
-            kept = [(f.name, format_bytes(f.nbytes), f.origin.place, f.why) for f in graph.kept]
-            parts.append(_table(("kept", "size", "made at", "why"), kept[:10]))
-            again = [(f.name, f.operator, f.origin.place, f.why) for f in graph.recomputed]
-            parts.append(_table(("recomputed", "operator", "made at", "why"), again[:10]))
-        return "\n".join(parts)
+        from graphopt.report_tables import report_html
+
+        return report_html(self)
 
 
 def _graph_break(text: str) -> GraphBreak:
@@ -182,16 +169,3 @@ def _timeline_json(timeline: MemoryTimeline) -> dict[str, Any]:
         "step": points.tolist(),
         **{category: np.take(row, points).tolist() for category, row in rows},
     }
-
-
-def _bytes_or_dash(nbytes: int | None) -> str:
-    return "–" if nbytes is None else format_bytes(nbytes)
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    if not rows:
-        return ""
-    lines = [f"<tr>{''.join(f'<th>{html.escape(cell)}</th>' for cell in head)}</tr>"]
-    for row in rows:
-        lines.append(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>")
-    return "\n".join(["<table>", *lines, "</table>"])

@@ -153,9 +153,9 @@ def fitting(flow: Dataflow, best: Choice, budget_bytes: int | None) -> Choice:
     if budget_bytes is None or reachable <= budget_bytes:
         return best
     raise PlanError(
-        f"no plan keeps the step within {format_bytes(budget_bytes)}; the smallest reachable peak is "
-        f"{format_bytes(reachable)} ({reachable} bytes), of which {format_bytes(flow.static_bytes)} "
-        "are parameters, buffers and inputs",
+        f"no plan keeps the step within {format_bytes(budget_bytes)} ({budget_bytes} bytes); the "
+        f"smallest reachable peak is {format_bytes(reachable)} ({reachable} bytes), of which "
+        f"{format_bytes(flow.static_bytes)} are parameters, buffers and inputs",
         reachable_bytes=reachable,
         budget_bytes=budget_bytes,
     )

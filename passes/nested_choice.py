@@ -108,16 +108,10 @@ def choose_best(
     spans = functools.cache(lambda: Chain.of(flow, search.freedom))
     try:
         labels = choose(flow, least, budget_bytes, search, spans)
-    except PlanError as error:
-        nested = _nested(flow, spans)
-        if nested is None or budget_bytes is None:
+    except PlanError:
+        if budget_bytes is None:
             raise
-        found = nested.within(budget_bytes - flow.static_bytes)
-        if found is not None:
-            return found
-        if flow.static_bytes + nested.least.peak_bytes >= (error.reachable_bytes or 0):
-            raise
-        return fitting(flow, nested.least, budget_bytes)
+        return _at_most(flow, budget_bytes, search, _nested(flow, spans))
     if budget_bytes is None and not least:
         return labels
     limit = step_of(flow, labels).peak_bytes
@@ -135,6 +129,17 @@ def choose_best(
         return _lower(flow, nested, labels)
     found = nested.within(limit)
     return found if found is not None and found.seconds < labels.seconds else labels
+
+
+def _at_most(flow: Dataflow, budget_bytes: int, search: Search, nested: Nested | None) -> Choice:
+    """A nested choice that fits, or the one of the least peak found; PlanError if that does not."""
+    found = None if nested is None else nested.within(budget_bytes - flow.static_bytes)
+    if found is not None:
+        return found
+    least = choose_best(flow, True, None, search)
+    if nested is not None and nested.least.peak_bytes < least.peak_bytes:
+        least = nested.least
+    return fitting(flow, least, budget_bytes)
 
 
 def _nested(flow: Dataflow, spans: Callable[[], Chain]) -> Nested | None:

@@ -10,7 +10,7 @@ from torch import nn
 
 from graphopt import Checkpoint, optimize
 from graphopt.analysis import analyse
-from graphopt.cost_models.devices import get_device
+from graphopt.cost_models.devices import format_bytes, get_device
 from graphopt.errors import GraphoptError
 from graphopt.passes.checkpoint import CheckpointPlan
 from graphopt.passes.checkpoint_choice import everything, step_of
@@ -202,7 +202,19 @@ def test_html_escapes_what_comes_from_outside(report: Report) -> None:
     risky = Report("<script>", report.settings, report.records, 0, ())
     text = risky._repr_html_()
     assert "<script>" not in text and "&lt;script&gt;" in text
-    assert text.count("<table>") == text.count("</table>") == 3
+    assert text.count("<table>") == text.count("</table>") == 5
+
+
+def test_html_has_the_head_figures_and_each_table(report: Report) -> None:
+    text = report._repr_html_()
+    (graph,) = report.graphs
+    for figure in (graph.peak_bytes, graph.baseline_peak_bytes, graph.kept[0].nbytes):
+        assert f"<td>{format_bytes(figure)}</td>" in text
+    change = graph.peak_bytes / graph.baseline_peak_bytes - 1
+    assert f"<td>{change:+.1%}</td>" in text and "<td>measured peak</td><td>–</td>" in text
+    for name in (graph.kept[0].name, graph.recomputed[0].name, graph.passes[0].plan):
+        assert f"<td>{name}</td>" in text
+    assert f"{len(graph.recomputed)} operators recomputed" in text and text.count("┤") == 24
 
 
 def test_a_report_before_the_first_call_says_so() -> None:

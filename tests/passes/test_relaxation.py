@@ -3,13 +3,14 @@
 from dataclasses import replace
 from itertools import product
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from programs import arguments, run_joint, run_split, traced
 from random_flows import naive_step, training_flows
 
-from graphopt import Checkpoint
+from graphopt import Checkpoint, PlanError
 from graphopt.cost_models.costs import Costs
 from graphopt.cost_models.devices import get_device
 from graphopt.cost_models.memory import NO_PRODUCER, Dataflow
@@ -88,3 +89,14 @@ def least_seconds(flow: Dataflow, choice: Choice, limit: int) -> float:
         if step.peak_bytes <= limit:
             best = min(best, step.recompute_seconds)
     return best
+
+
+@pytest.mark.parametrize("name", ["residual", "u-net"])
+def test_the_peak_of_the_least_plan_is_a_budget_that_can_be_met(name: str) -> None:
+    program = traced(name)[0]
+    costs = Costs.of(program, CPU)
+    least = Checkpoint(memory="min").plan(program, costs)
+    assert Checkpoint(memory=least.peak_bytes).plan(program, costs).peak_bytes <= least.peak_bytes
+    with pytest.raises(PlanError) as error:
+        Checkpoint(memory=least.peak_bytes // 2).plan(program, costs)
+    assert (error.value.reachable_bytes or 0) <= least.peak_bytes
