@@ -1,8 +1,9 @@
 """How the tensors given to a kernel lie on its grid of rows x columns.
 
 Tensors broadcast against one another as in eager mode: a full tensor has the shape of the grid or one
-that broadcasts to it, a row tensor has no columns, a column tensor nothing else. Neighbouring row
-dimensions that all tensors step through evenly are merged, so that most grids have one.
+that broadcasts to it, a row tensor has no columns, a column tensor nothing else. Row dimensions are
+taken in the order in which rows lie in memory, and neighbours that all tensors step through evenly are
+merged, so that most grids have one.
 """
 
 from collections.abc import Sequence
@@ -76,7 +77,10 @@ def grid_of(
         _steps(extent, shape, own, stride)
         for extent, own, stride in zip(extents, shapes, strides, strict=True)
     ]
-    sizes, steps = _merged(shape[:-1], steps)
+    sizes = shape[:-1]
+    if not any(isinstance(value, Uniform) for value in region.values):  # drawn by the number of the row
+        sizes, steps = _in_memory_order(sizes, steps)
+    sizes, steps = _merged(sizes, steps)
     even = all(s[-1] == 1 and (sizes == (1,) or s[0] == shape[-1]) for s in steps)
     flat = len(sizes) == 1 and even and _places_are_alike(region, extents)
     return Grid(sizes, shape[-1], tuple(steps), flat)
@@ -99,6 +103,12 @@ def _steps(extent: Extent, shape: Shape, own: Shape, strides: Shape) -> Shape:
         raise CodegenError(f"a tensor of shape {own} does not lie on a grid of shape {shape}")
     spread = (0 if o == 1 else s for o, s in zip(own, strides, strict=True))
     return (*(0,) * missing, *spread)
+
+
+def _in_memory_order(sizes: Shape, steps: list[Shape]) -> tuple[Shape, list[Shape]]:
+    """Row dimensions from the longest steps, of all tensors together, to the shortest."""
+    order = sorted(range(len(sizes)), key=lambda d: -sum(abs(s[d]) for s in steps))
+    return tuple(sizes[d] for d in order), [(*(s[d] for d in order), s[-1]) for s in steps]
 
 
 def _merged(sizes: Shape, steps: list[Shape]) -> tuple[Shape, list[Shape]]:

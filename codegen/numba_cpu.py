@@ -261,10 +261,7 @@ class _Compiled:
         elif chunks == 1 or not own_sums:
             self._serial(0, count, *arguments)
         else:
-            head, sums, rest = arguments[:3], arguments[3], arguments[4:]
-            for chunk in range(chunks):
-                ends = chunk * count // chunks, (chunk + 1) * count // chunks
-                self._serial(*ends, *head, sums + chunk * own_sums, *rest)
+            self._in_turn(chunks, count, 0, own_sums, *arguments)
 
     @functools.cached_property
     def _serial(self) -> Callable[..., None]:
@@ -272,21 +269,27 @@ class _Compiled:
 
     @functools.cached_property
     def _parallel(self) -> Callable[..., None]:
-        load(self.source.text, self.cache).__dict__["rows"] = self._serial
+        return self._compile("run", 2, parallel=True)
+
+    @functools.cached_property
+    def _in_turn(self) -> Callable[..., None]:
         return self._compile("run", 2)
 
-    def _compile(self, name: str, more: int) -> Callable[..., None]:
+    def _compile(self, name: str, more: int, parallel: bool = False) -> Callable[..., None]:
         """One function as machine code, for the types of its parameters."""
+        if name == "run":
+            load(self.source.text, self.cache).__dict__["rows"] = self._serial
         try:
             import numba
 
             kinds = {"i": numba.int64, "f": numba.float64}
             types = [kinds[kind] for kind in "i" * more + self.source.parameters]
             function = load(self.source.text, self.cache).__dict__[name]
-            compiler = numba.njit(error_model="numpy", nogil=True, parallel=name == "run")
+            compiler = numba.njit(error_model="numpy", nogil=True, parallel=parallel)
             dispatcher: Any = compiler(function)
             if self.cache is not None:
-                dispatcher._cache = DiskCache(self.cache, f"{key_of(self.source.text)}.{name}")
+                variant = name if parallel or name == "rows" else f"{name}.serial"
+                dispatcher._cache = DiskCache(self.cache, f"{key_of(self.source.text)}.{variant}")
             dispatcher.compile(numba.void(*types))
             dispatcher.disable_compile()
         except Exception as error:

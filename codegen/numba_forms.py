@@ -7,6 +7,7 @@ from graphopt.codegen.region import Dtype, Extent, Reduce, Region
 
 BLOCK = 2048  # columns; a tile of float64 is then 16 KiB, of a first-level cache of 32 or 48
 KNOWN_COLUMNS = 64  # up to so many, a kernel is written for their number
+_LANES = 8  # numbers in the shortest vectors that are worth it
 BYTES: Mapping[Dtype, int] = {
     "float64": 8,
     "float32": 4,
@@ -70,3 +71,14 @@ def tensors(region: Region) -> tuple[Operand, ...]:
         if not isinstance(value := region.values[out.value], Reduce) or value.over == "columns":
             found.append(Operand(f"y{n}", out.name, out.dtype, region.facts[out.value].extent, 1 + n))
     return tuple(found)
+
+
+def known_columns(columns: int) -> str:
+    """The number of columns in a kernel's text, as one of which LLVM knows a bound and a divisor only.
+
+    Loops whose length it knows it takes apart into single numbers before it looks for vectors.
+
+    >>> known_columns(16)
+    'columns & 16'
+    """
+    return f"columns & {columns}" if columns % _LANES == 0 else str(columns)

@@ -9,7 +9,7 @@ them from there.
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-from graphopt.codegen.numba_forms import BLOCK, BYTES, Form, Operand, Source, tensors
+from graphopt.codegen.numba_forms import BLOCK, BYTES, Form, Operand, Source, known_columns, tensors
 from graphopt.codegen.region import (
     Apply,
     Constant,
@@ -63,19 +63,11 @@ class _Writer:
     def source(self) -> Source:
         names, kinds = self._parameters()
         self._line(f"def rows({', '.join(names)}):")
-        with_rows = not self.form.flat
         with _indented(self):
             self._once()
-            if with_rows:
-                self._first_row()
-                self._line("for row in range(begin, end):")
-            with _indented(self, with_rows):
-                if with_rows:
-                    self._row_addresses()
+            for _ in self._each_row():
                 for stage in self.stages:
                     self._stage(stage)
-                if with_rows:
-                    self._next_row()
             if self.form.streamed:
                 self._line("fence()")
         body = "\n".join(self.lines)
@@ -136,34 +128,56 @@ class _Writer:
             else:
                 self._line(f"v{i} = {self._expression(value)}")
 
-    def _first_row(self) -> None:
-        """Along each row dimension, where the first row is."""
-        if self.form.row_dims > 1:
-            self._line("rest = begin")
-            for d in range(self.form.row_dims - 1, 0, -1):
-                self._line(f"i{d} = rest % size{d}")
-                self._line(f"rest = rest // size{d}")
-            self._line("i0 = rest")
+    def _each_row(self) -> Iterator[None]:
+        """The loops around what is done for a row, which is written at the `yield`."""
+        if self.form.flat:
+            yield
+        elif self.form.row_dims == 1:
+            self._line("for row in range(begin, end):")
+            with _indented(self):
+                self._row_addresses("", "row")
+                yield
+        else:
+            yield from self._each_run()
 
-    def _next_row(self) -> None:
-        """Counted on: divisions in each row would take as long as a short row."""
-        depth = self.depth
-        for d in range(self.form.row_dims - 1, 0, -1):
+    def _each_run(self) -> Iterator[None]:
+        """Rows in runs along the last row dimension, in which addresses grow evenly.
+
+        The other dimensions are counted on: divisions in each run would take as long as a short one.
+        """
+        inner, depth = self.form.row_dims - 1, self.depth
+        self._line("done, rest = begin, begin")
+        for d in range(inner, 0, -1):
+            self._line(f"i{d} = rest % size{d}")
+            self._line(f"rest = rest // size{d}")
+        self._line("i0 = rest")
+        self._line("while done < end:")
+        self.depth += 1
+        self._line(f"head, tail = i{inner}, min(size{inner}, i{inner} + end - done)")
+        for tensor in self.tensors:
+            if tensor.extent.by_row:
+                x = tensor.variable
+                self._line(f"{x}_run = {' + '.join([x, *(f'i{d} * {x}_{d}' for d in range(inner))])}")
+        self._line("for i in range(head, tail):")
+        with _indented(self):
+            self._line("row = done + i - head")
+            self._row_addresses("_run", "i")
+            yield
+        self._line("done += tail - head")
+        self._line(f"i{inner} = 0")
+        for d in range(inner - 1, 0, -1):
             self._line(f"i{d} += 1")
             self._line(f"if i{d} == size{d}:")
             self.depth += 1
             self._line(f"i{d} = 0")
-        if self.form.row_dims > 1:
-            self._line("i0 += 1")
+        self._line("i0 += 1")
         self.depth = depth
 
-    def _row_addresses(self) -> None:
-        dims = self.form.row_dims
+    def _row_addresses(self, since: str, number: str) -> None:
         for tensor in self.tensors:
             if tensor.extent.by_row:
                 x = tensor.variable
-                steps = [f"{'row' if dims == 1 else f'i{d}'} * {x}_{d}" for d in range(dims)]
-                self._line(f"{x}_row = {' + '.join([x, *steps])}")
+                self._line(f"{x}_row = {x}{since} + {number} * {x}_{self.form.row_dims - 1}")
 
     def _address(self, tensor: Operand) -> str:
         by_row = tensor.extent.by_row and not self.form.flat
@@ -189,7 +203,7 @@ class _Writer:
         for i in stage.reductions:
             self._line(f"v{i} = {_START[self._reduce(i).op]}")
         if self.form.columns:
-            self._line(f"start, stop = 0, {self.form.columns}")
+            self._line(f"start, stop = 0, {known_columns(self.form.columns)}")
             self._block(stage)
             return
         first, last = ("begin", "end") if self.form.flat else ("0", "columns")
@@ -332,14 +346,14 @@ class _Writer:
 class _indented:
     """Lines written meanwhile stand deeper."""
 
-    def __init__(self, writer: _Writer, really: bool = True) -> None:
-        self.writer, self.by = writer, int(really)
+    def __init__(self, writer: _Writer) -> None:
+        self.writer = writer
 
     def __enter__(self) -> None:
-        self.writer.depth += self.by
+        self.writer.depth += 1
 
     def __exit__(self, *_: object) -> None:
-        self.writer.depth -= self.by
+        self.writer.depth -= 1
 
 
 def _applied(op: str, args: list[str]) -> str:

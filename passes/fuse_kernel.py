@@ -15,7 +15,7 @@ from graphopt.codegen.builder import Builder
 from graphopt.codegen.region import Extent, Facts, Output
 from graphopt.errors import CodegenError
 from graphopt.fused_ops import Fused, Place
-from graphopt.passes.fuse_rules import RULES, emitted
+from graphopt.passes.fuse_rules import RULES, emitted, layered_dim
 from graphopt.passes.fuse_values import (
     CannotFuse,
     Emitter,
@@ -53,7 +53,7 @@ class Kernel:
 
 def grid_shape_of(node: fx.Node) -> Ints:
     """The shape of the largest tensor that `node` works on; CannotFuse where a size is a symbol or 0."""
-    position = _GRID_ARGUMENT.get(node.target)
+    position = None if layered_dim(node) is not None else _GRID_ARGUMENT.get(node.target)
     holder: Any = node if position is None else node.args[position]
     tensor = holder.meta["val"]
     needs(isinstance(tensor, torch.Tensor), "operand", "it makes several tensors")
@@ -206,7 +206,8 @@ def _spread(e: Emitter, value: Value, facts: tuple[Facts, ...]) -> Value:
 
 def _places(e: Emitter, value: Value, tensor: torch.Tensor, number: int) -> list[Place]:
     """Where the pieces of a result go."""
-    shape, strides = tuple(tensor.shape), tensor.stride()
+    laid = tensor if value.order is None else tensor.permute(value.order)
+    shape, strides = tuple(laid.shape), laid.stride()
     if value.kind == "column":
         return [Place(number, (e.width,), (1,), j * e.width) for j in range(len(value.pieces))]
     if value.kind == "row":

@@ -18,6 +18,7 @@ aten = torch.ops.aten
 Formula = Callable[..., Expression]
 Rule = Callable[[Emitter, fx.Node], Value | tuple[Value, ...]]
 _SQRT_HALF = math.sqrt(0.5)
+_MAX_LAYERS = 8  # of a sum over a dimension that is neither the last nor all others
 _C1, _C3 = math.sqrt(2 / math.pi), 0.044715
 
 
@@ -126,9 +127,11 @@ def _copied(e: Emitter, node: fx.Node) -> Value:
 
 
 def _reduced(kind: str) -> Rule:
-    """`sum`, `mean`, `amax` and `amin` over the last dimension, and sums over all others."""
+    """`sum`, `mean`, `amax`, `amin` over the last dimension; sums over all others, or a short one."""
 
     def rule(e: Emitter, node: fx.Node) -> Value:
+        if (dim := layered_dim(node)) is not None:
+            return _sum_of_layers(e, node, dim)
         x = e.whole(args_of(node)[0])
         dims = args_of(node)[1] if len(args_of(node)) > 1 else []
         last = len(x.shape) - 1
@@ -145,6 +148,42 @@ def _reduced(kind: str) -> Rule:
         return Value(tuple(node.meta["val"].shape), e.over_rows(x), "column")
 
     return rule
+
+
+def layered_dim(node: fx.Node) -> int | None:
+    """The dimension over which a node sums, where it is short, not the last, and not all of the rows."""
+    if node.target is not aten.sum.dim_IntList or not args_of(node)[1]:
+        return None
+    shape = tuple(args_of(node)[0].meta["val"].shape)
+    if not shape or any(type(size) is not int for size in shape):
+        return None
+    dim, *more = (d % len(shape) for d in args_of(node)[1])
+    rows = {d for d in range(len(shape) - 1) if shape[d] != 1}
+    if more or dim not in rows or rows == {dim}:
+        return None
+    return dim if shape[dim] <= _MAX_LAYERS else None
+
+
+def _sum_of_layers(e: Emitter, node: fx.Node, dim: int) -> Value:
+    """The sum over a short dimension, as the gradient of heads that share keys and values."""
+    source, tensor = args_of(node)[0], node.meta["val"]
+    own = tuple(source.meta["val"].shape)
+    floats = source.meta["val"].dtype.is_floating_point and source.meta["val"].dtype == tensor.dtype
+    needs(floats, "dtype", f"it makes {tensor.dtype}")
+    needs(own[-1] > 1, "grid", "there are no columns")
+    total, *more = e.layers(source, dim, own[:dim] + own[dim + 1 :])
+    for layer in more:
+        total = tuple(x + y for x, y in zip(total, layer, strict=True))
+    return Value(tuple(tensor.shape), total)
+
+
+def _cloned(e: Emitter, node: fx.Node) -> Value:
+    """A copy; of a view with rows in another order, the value itself, stored in that order."""
+    turned = e.turned(args_of(node)[0])
+    if turned is None:
+        return e.pointwise(node, lambda x: x, node.args[:1])
+    value, order = turned
+    return Value(value.shape, value.pieces, order=order)
 
 
 def _softmax(log: bool) -> Rule:
@@ -286,7 +325,6 @@ RULES: Mapping[Any, Rule] = {
             aten.silu.default: _silu,
             aten.gelu.default: _gelu,
             aten.clamp.default: _clamp,
-            aten.clone.default: lambda b, x, memory_format=None: x,
             aten.square.default: lambda b, x: x * x,
         },
         1,
@@ -318,6 +356,7 @@ RULES: Mapping[Any, Rule] = {
         lambda b, x, mask, y: b.apply("where", mask, y, x), 3, masks=(1,)
     ),
     aten._to_copy.default: _copied,
+    aten.clone.default: _cloned,
     aten.sum.dim_IntList: _reduced("sum"),
     aten.mean.dim: _reduced("mean"),
     aten.amax.default: _reduced("amax"),

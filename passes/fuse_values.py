@@ -56,11 +56,15 @@ def args_of(node: fx.Node) -> tuple[Any, ...]:
 
 @dataclass(frozen=True)
 class Value:
-    """What a node holds: the shape of its tensor, and an expression for each piece of its columns."""
+    """What a node holds: the shape of its tensor, and an expression for each piece of its columns.
+
+    With `order`, the tensor's dimensions in that order are those of `shape`; then it is a result only.
+    """
 
     shape: Ints
     pieces: tuple[Expression, ...]
     kind: Literal["full", "row", "column"] = "full"
+    order: Ints | None = None
 
 
 @dataclass(frozen=True)
@@ -147,6 +151,8 @@ class Emitter:
     def held(self, node: fx.Node) -> Value | None:
         """What `node` holds, if it is made in the region, or looks at what is."""
         if node in self.values:
+            turned = self.values[node].order is not None
+            needs(not turned, "view", f"the rows of {node.name} are in another order")
             return self.values[node]
         if not is_transparent(node):
             return None
@@ -174,6 +180,27 @@ class Emitter:
         raise CannotFuse(
             "view", f"{node.name} looks at a value of the region in another way than its rows"
         )
+
+    def turned(self, node: fx.Node) -> tuple[Value, Ints] | None:
+        """What a view of a value of the region with its rows in another order looks at, and that order.
+
+        In the order given, the dimensions of `node` are those of the value.
+        """
+        if node in self.values or node.target not in (aten.transpose.int, aten.permute.default):
+            return None
+        value = self.held(source_of(node))
+        if value is None or value.kind != "full":
+            return None
+        count = len(value.shape)
+        moved = list(range(count))
+        if node.target is aten.transpose.int:
+            a, b = (int(d) % count for d in args_of(node)[1:3])
+            moved[a], moved[b] = moved[b], moved[a]
+        else:
+            moved = [int(d) % count for d in args_of(node)[1]]
+        if moved[-1] != count - 1:
+            return None
+        return value, tuple(moved.index(d) for d in range(count))
 
     def operand(self, argument: Any, shape: Ints, to_float: bool) -> tuple[Expression, ...]:
         """An argument of a node whose result has this shape: an expression for each of its pieces."""
@@ -224,9 +251,17 @@ class Emitter:
         needs(argument.meta["val"].numel() == 1, "operand", f"{argument.name} is no scalar")
         return self._read(argument, (*self.rows, self.width))[0]
 
-    def _read(self, node: fx.Node, shape: Ints) -> tuple[Expression, ...]:
-        """A tensor from memory, broadcast to `shape`."""
-        tensor, root = node.meta["val"], root_of(node)
+    def layers(self, node: fx.Node, dim: int, shape: Ints) -> list[tuple[Expression, ...]]:
+        """A tensor from memory as the tensors of this shape that it has along a dimension."""
+        needs(self.held(node) is None, "reduction", f"{node.name} has rows of another grid")
+        tensor = node.meta["val"]
+        return [self._read(node, shape, tensor.select(dim, n)) for n in range(tensor.shape[dim])]
+
+    def _read(
+        self, node: fx.Node, shape: Ints, part: torch.Tensor | None = None
+    ) -> tuple[Expression, ...]:
+        """A tensor from memory, or a part of it, broadcast to `shape`."""
+        tensor, root = part if part is not None else node.meta["val"], root_of(node)
         offset = tensor.storage_offset() - root.meta["val"].storage_offset()
         missing = len(shape) - tensor.dim()
         fits = missing >= 0 and all(

@@ -57,8 +57,8 @@ def test_arguments() -> None:
     x, w = torch.zeros(2, 3, 8), torch.zeros(8)
     source, _, found = recorded(regions.rms_norm("float32", False), x.transpose(0, 1), 0.5, w)
     assert source.parameters == "iiiiiiiiiif"
-    assert found[:6] == [6, 8, 2, x.data_ptr(), 32, 96]
-    assert found[6] == w.data_ptr() and found[8:] == [64, 32, 0.5]
+    assert found[:6] == [6, 8, 3, x.data_ptr(), 96, 32]  # rows in the order of memory
+    assert found[6] == w.data_ptr() and found[8:] == [32, 64, 0.5]
 
 
 @needs_compiler

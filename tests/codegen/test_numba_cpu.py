@@ -1,5 +1,6 @@
 """Generated kernels against the reference in float64: never much worse than eager in their own dtype."""
 
+import re
 import subprocess
 import sys
 from typing import Any
@@ -87,6 +88,39 @@ def test_backwards() -> None:
     check(regions.layer_norm_backward("float32"), grad, x, mean, scale, w)
     check(regions.rms_norm_backward("float32", True), grad, x, scale, w, grad)
     check(regions.bias_gelu_residual_backward("float32", "none"), grad, x, w)
+
+
+@pytest.mark.parametrize("columns", [7, 24, 70])
+def test_rows_in_several_dimensions(columns: int) -> None:
+    """Runs of rows that lie apart, cut anywhere by the parts of a sum over them."""
+    x = torch.randn(3, 37, 2, columns).transpose(1, 2)
+    grad = torch.randn(2, 37, columns).expand(3, 2, 37, columns)
+    scale, w = torch.rand(3, 1, 37).expand(3, 2, 37) + 0.5, torch.randn(columns)
+    check(regions.rms_norm_backward("float32", True), grad, x, scale, w, x)
+    check(regions.swiglu("float32"), grad, x)
+    check(regions.dropout("float32"), x, 3, 0.5)
+
+
+def rotary() -> Region:
+    """Halves of a row, turned by the angles of two tables."""
+    b = Builder()
+    x, y, cos, sin = (b.input(name, "float32") for name in ("x", "y", "cos", "sin"))
+    return b.region(
+        b.output("first", x * cos - y * sin, "float32"), b.output("second", y * cos + x * sin, "float32")
+    )
+
+
+@pytest.mark.parametrize("columns", [8, 16, 48, 64])
+def test_short_rows_become_vectors(columns: int) -> None:
+    kernel = NumbaKernel(rotary(), None)
+    x = torch.randn(2, 5, 3, 2 * columns).transpose(1, 2)
+    halves = x[..., :columns], x[..., columns:]
+    tables = torch.randn(5, columns).cos(), torch.randn(5, columns).sin()
+    assert_no_worse(kernel.region, (*halves, *tables), kernel(*halves, *tables))
+    ((form, compiled),) = kernel._compiled.items()
+    assert (form.columns, form.row_dims) == (columns, 3)
+    (text,) = compiled._serial.inspect_llvm().values()  # type: ignore[attr-defined]
+    assert re.search(r"fmul <\d+ x float>", text) and not re.search(r"fmul float", text)
 
 
 def test_resident_memory() -> None:

@@ -134,6 +134,19 @@ def test_grids_merge_rows() -> None:
         grid_of(region, shape, full, [shape, shape, (2, 3, 8)], [(24, 8, 1)] * 3)
 
 
+def test_rows_in_the_order_of_memory() -> None:
+    """Heads before tokens in the shape, after them in memory; a table that knows tokens alone."""
+    shape, heads = (2, 4, 6, 8), (192, 8, 32, 1)
+    extents, shapes = [Extent.FULL] * 3, [shape, (6, 8), shape]
+    grid = grid_of(regions.swiglu("float32"), shape, extents, shapes, [heads, (8, 1), heads])
+    assert grid.sizes == (2, 6, 4)
+    assert grid.steps == ((192, 32, 8, 1), (0, 8, 0, 1), (192, 32, 8, 1))
+    again = grid_of(regions.swiglu("float32"), shape, extents, [shape] * 3, [heads] * 3)
+    assert again.sizes == (48,) and again.flat
+    drawn = regions.dropout("float32")  # numbers by the place in the shape
+    assert grid_of(drawn, shape, extents[:2], [shape] * 2, [heads] * 2).sizes == (2, 4, 6)
+
+
 def test_a_reduction_needs_whole_rows() -> None:
     shape = (4, 8)
     grid = grid_of(regions.softmax("float32"), shape, [Extent.FULL] * 2, [shape] * 2, [(8, 1)] * 2)

@@ -28,7 +28,7 @@ UNARY: dict[str, Function] = {
     "scaled": lambda x: x / (1 + x.abs().amax(-1, keepdim=True)),
     "halves": lambda x: torch.cat([-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]], -1),
     "reshaped": lambda x: torch.tanh(x.reshape(-1, x.shape[-1])).view(x.shape),
-    "wide": lambda x: x.float().tanh().to(x.dtype),
+    "wide": lambda x: x.to(torch.promote_types(x.dtype, torch.float32)).tanh().to(x.dtype),
 }
 BINARY: dict[str, Function] = {
     "add": torch.add,

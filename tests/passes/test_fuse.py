@@ -11,11 +11,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from eager_steps import records
+from fused_programs import CPU, as_program, assert_no_worse, edited, fused, ran, traced
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from random_chains import Chain, drawn_inputs
 from texts import program_text
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import graphopt
@@ -24,43 +25,16 @@ from graphopt.codegen import reference
 from graphopt.codegen.numba_cpu import NumbaKernel
 from graphopt.codegen.region import Region
 from graphopt.cost_models.costs import Costs
-from graphopt.cost_models.devices import get_device
 from graphopt.fused_ops import fused_at, is_fused
 from graphopt.measurement import measure
-from graphopt.passes.fuse import FusedRegion, FusePlan
+from graphopt.passes.fuse import FusePlan
 from graphopt.passes.fuse_apply import fused_program
 from graphopt.passes.fuse_regions import regions_of
-from graphopt.program import Input, Program, Role, record_leaves
+from graphopt.program import Program
 from graphopt.split import saved_nodes
 from graphopt.verify import verify
 
-CPU = get_device("cpu-generic")
 INFINITY = float("inf")
-
-
-def traced(function: Any, *inputs: Tensor) -> Program:
-    """Forward and backward, in all inputs."""
-    return graphopt.trace(function, tuple(x.detach().requires_grad_() for x in inputs))
-
-
-def fused(program: Program, **options: Any) -> tuple[FusePlan, Program]:
-    """The plan, and the program that it makes, verified."""
-    pass_ = Fuse(**options)
-    plan = pass_.plan(program, Costs.of(program, CPU))
-    after = pass_.apply(program, plan)
-    verify(after, before=program)
-    return plan, after
-
-
-def as_program(module: fx.GraphModule) -> Program:
-    """A graph of operators as the forward of a step, whatever it computes."""
-    module.graph.eliminate_dead_code()
-    record_leaves(module.graph)
-    results = module.graph.output_node().args[0]
-    results = (results,) if isinstance(results, fx.Node) else tuple(results)  # type: ignore[arg-type]
-    module.graph.output_node().args = (results,)
-    names = [n.name for n in module.graph.nodes if n.op == "placeholder"]
-    return Program(module, len(results), tuple(Input(name, Role.INPUT, name) for name in names))
 
 
 def with_gradients(chain: Chain, inputs: list[Tensor]) -> Program:
@@ -74,26 +48,6 @@ def with_gradients(chain: Chain, inputs: list[Tensor]) -> Program:
         return *results, *torch.autograd.grad(total, given, allow_unused=True, materialize_grads=True)
 
     return as_program(make_fx(step, tracing_mode="fake")(*inputs))
-
-
-def ran(program: Program, inputs: list[Tensor]) -> list[Tensor]:
-    """What a forward program computes."""
-    with torch.no_grad():
-        return list(fx.Interpreter(program.module).run(*inputs, enable_io_processing=False))
-
-
-def assert_no_worse(found: list[Tensor], eager: list[Tensor], exact: list[Tensor]) -> None:
-    """Errors at most twice those of eager, or some units of the last place of the largest number."""
-    assert len(found) == len(eager) == len(exact)
-    size = max(float(x[x.isfinite()].abs().max()) for x in exact if x.isfinite().any())
-    for f, e, x in zip(found, eager, exact, strict=True):
-        assert (f.shape, f.dtype, f.stride()) == (e.shape, e.dtype, e.stride())
-        finite = e.isfinite() & x.isfinite()
-        assert torch.equal(f.isnan(), e.isnan())
-        assert torch.equal(f[~finite].nan_to_num(), e[~finite].nan_to_num())
-        if finite.any():
-            errors = [float((v.double() - x)[finite].abs().max()) for v in (f, e)]
-            assert errors[0] <= 2 * errors[1] + 8 * torch.finfo(e.dtype).eps * size
 
 
 def check(data: st.DataObject, steps: int) -> None:
@@ -197,7 +151,8 @@ def test_training(passes: tuple[Any, ...]) -> None:
         del found
     assert peaks[1] <= peaks[0]
     plan = records(ours)[-1].steps[-1].plan
-    assert len(plan.regions) >= 4 and plan.peak_bytes <= plan.baseline_bytes
+    least = 1 if passes == (Checkpoint(memory="min"),) else 4  # at the least peak, most would raise it
+    assert len(plan.regions) >= least and plan.peak_bytes <= plan.baseline_bytes
     assert "kernels" in str(ours.report)
     with torch.no_grad():
         torch.testing.assert_close(ours(*inputs), loss)
@@ -294,11 +249,6 @@ def test_an_edited_plan() -> None:
     for chosen in (edited, replace(plan, regions=())):
         found = ran(Fuse().apply(program, chosen), inputs)
         torch.testing.assert_close(found, list(norm_of_sum(*inputs)))
-
-
-def edited(*regions: tuple[str, ...]) -> FusePlan:
-    rows = tuple(FusedRegion(nodes, (), (), 0, 0, 0.0, 0.0) for nodes in regions)
-    return FusePlan(rows, (), 0, 0)
 
 
 def around_a_product(x: Tensor, weight: Tensor) -> Tensor:
