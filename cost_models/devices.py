@@ -32,6 +32,9 @@ class Device:
     `memory_bytes` is the capacity, `bytes_per_s` the rate of its main memory, `flops_per_s` the
     rate of matrix products as (dtype name, operations per second) pairs, `overhead_s` the least
     time from one op to the next, `cores` the CPU cores or streaming multiprocessors.
+
+    `link` names what connects a device with up to `node_devices - 1` others beside it ("" where that is
+    not known): `link_bytes_per_s` in each direction, after `link_latency_s`.
     """
 
     name: str
@@ -42,6 +45,10 @@ class Device:
     overhead_s: float
     cores: int
     source: str
+    link: str = ""
+    link_bytes_per_s: float = 0.0
+    link_latency_s: float = 0.0
+    node_devices: int = 1
 
     def flops(self, dtype: "torch.dtype | str") -> float:
         """Matrix-product operations per second in `dtype`.
@@ -74,15 +81,23 @@ def _gpu(
     bandwidth_gb_per_s: float,
     tflops: dict[str, float],
     cores: int,
+    link: tuple[str, float],
 ) -> Device:
     """A GPU from its datasheet; float16 runs at the rate of bfloat16.
 
-    `overhead_s`: back-to-back launches of an empty kernel take some 2 to 4 us on these GPUs.
+    `overhead_s`: back-to-back launches of an empty kernel take some 2 to 4 us on these GPUs. `link` is
+    its name and GB/s in both directions together, as datasheets count them.
     """
     tflops = {"float16": tflops["bfloat16"], **tflops}
     rates = tuple(sorted((dtype, value * 1e12) for dtype, value in tflops.items()))
     memory_bytes, bytes_per_s = round(memory_gb * GB), bandwidth_gb_per_s * GB
-    return Device(name, "cuda", memory_bytes, bytes_per_s, rates, 3e-6, cores, source)
+    name_of_link, both_ways = link
+    connected = name_of_link, both_ways * GB / 2, _HOP_S[name_of_link.split()[0]], 8
+    return Device(name, "cuda", memory_bytes, bytes_per_s, rates, 3e-6, cores, source, *connected)
+
+
+# A hop of NCCL's ring in its Simple protocol (src/graph/tuning.cc of NCCL, hardware latencies).
+_HOP_S = {"NVLink": 3.4e-6, "PCIe": 5.7e-6}
 
 
 _HOPPER_TFLOPS = {
@@ -119,6 +134,7 @@ KNOWN_DEVICES: dict[str, Device] = {
             bandwidth_gb_per_s=2039,
             tflops={"float64": 9.7, "float32": 19.5, "tfloat32": 156, "bfloat16": 312},
             cores=108,
+            link=("NVLink 3", 600),
         ),
         _gpu(
             "h100",
@@ -127,6 +143,7 @@ KNOWN_DEVICES: dict[str, Device] = {
             bandwidth_gb_per_s=3350,
             tflops=_HOPPER_TFLOPS,
             cores=132,
+            link=("NVLink 4", 900),
         ),
         _gpu(
             "h200",
@@ -135,6 +152,7 @@ KNOWN_DEVICES: dict[str, Device] = {
             bandwidth_gb_per_s=4800,
             tflops=_HOPPER_TFLOPS,
             cores=132,
+            link=("NVLink 4", 900),
         ),
         _gpu(
             "b200",
@@ -150,6 +168,7 @@ KNOWN_DEVICES: dict[str, Device] = {
                 "float8_e5m2": 4500,
             },
             cores=148,
+            link=("NVLink 5", 1800),
         ),
         _gpu(
             "l4",
@@ -165,6 +184,7 @@ KNOWN_DEVICES: dict[str, Device] = {
                 "float8_e5m2": 242.5,
             },
             cores=58,
+            link=("PCIe 4.0 x16", 64),
         ),
         _gpu(  # tensor-core products accumulate in float32, as torch does by default
             "rtx4090",
@@ -180,10 +200,36 @@ KNOWN_DEVICES: dict[str, Device] = {
                 "float8_e5m2": 330.3,
             },
             cores=128,
+            link=("PCIe 4.0 x16", 64),
         ),
         GENERIC_CPU,
     )
 }
+
+
+# Between nodes: 100 Gbit/s of InfiniBand, 4 us a hop (torch/_inductor/comm_analysis.py).
+NETWORK_BYTES_PER_S, NETWORK_LATENCY_S = 12.5e9, 4e-6
+NETWORK_SOURCE = "torch/_inductor/comm_analysis.py"
+
+
+def group_of(device: Device, ranks: int, apart: int = 1) -> Cluster:
+    """`ranks` devices, `apart` places from one to the next, on the link of the device or a network.
+
+    Within a node of `device.node_devices` it is the device's link; a group that reaches further takes a
+    network of 100 Gbit/s. GraphoptError for a device whose link is not known.
+
+    >>> group_of(get_device("h100"), 8).link_bytes_per_s, group_of(get_device("h100"), 4, 4).source
+    (450000000000.0, 'torch/_inductor/comm_analysis.py')
+    """
+    if not device.link:
+        raise GraphoptError(
+            f"what connects devices such as {device.name} is not known: give --links FILE, as "
+            "`graphopt calibrate` writes it"
+        )
+    if ranks * apart > device.node_devices:
+        return Cluster(device, ranks, NETWORK_BYTES_PER_S, NETWORK_LATENCY_S, NETWORK_SOURCE)
+    source = f"{device.link}, {device.source}"
+    return Cluster(device, ranks, device.link_bytes_per_s, device.link_latency_s, source)
 
 
 def get_device(name: str) -> Device:

@@ -34,7 +34,7 @@ def repeated(flow: SymbolicFlow, deeper: Sample, added: int) -> SymbolicFlow:
 
 
 @dataclass(frozen=True)
-class _Half:
+class Half:
     """Units of one half of the step: operators [first + i length, first + (i + 1) length), i < count.
 
     The half is operators [start, stop). Units count from the model's input, in the backward `reverse`.
@@ -128,7 +128,7 @@ class _Unrolled:
                 if owner == template:
                     self._new((unit, kind), old, NO_PRODUCER, self._suffix(forward, unit))
 
-    def _suffix(self, half: _Half, unit: int | None) -> str:
+    def _suffix(self, half: Half, unit: int | None) -> str:
         """What tells the names of an added unit from those of its template."""
         middle = half.count // 2
         return f"~{unit - middle}" if unit is not None and middle < unit <= middle + self.added else ""
@@ -140,7 +140,7 @@ class _Unrolled:
         self.values.append(replace(value, producer=producer, label=value.label + suffix))
         return len(self.values) - 1
 
-    def _operator(self, half: _Half, old: int, unit: int | None) -> None:
+    def _operator(self, half: Half, old: int, unit: int | None) -> None:
         operator, suffix = self.old.operators[old], self._suffix(half, unit)
         own, producer = half.unit(old), len(self.operators)
 
@@ -190,7 +190,7 @@ class _Unrolled:
         )
 
 
-def _keys(flow: Dataflow, halves: tuple[_Half, _Half]) -> dict[int, Key]:
+def _keys(flow: Dataflow, halves: tuple[Half, Half]) -> dict[int, Key]:
     """For every value its unit and its place there: by its producer, or by its first reader."""
     found: dict[int, Key] = {}
     readers: dict[int, list[tuple[int | None, Any]]] = {}
@@ -212,16 +212,20 @@ def _keys(flow: Dataflow, halves: tuple[_Half, _Half]) -> dict[int, Key]:
     return found
 
 
-def _halves(shallow: Dataflow, deep: Dataflow) -> tuple[_Half, _Half]:
+def _halves(shallow: Dataflow, deep: Dataflow) -> tuple[Half, Half]:
     """The units of the forward and of the backward."""
     before, after = _signatures(shallow), _signatures(deep)
     middle, deep_middle = len(shallow.forward), len(deep.forward)
-    forward = _half(before[:middle], after[:deep_middle], 0, False)
-    backward = _half(before[middle:], after[deep_middle:], middle, True)
+    forward = half_of(before[:middle], after[:deep_middle], 0, False)
+    backward = half_of(before[middle:], after[deep_middle:], middle, True)
     return forward, backward
 
 
-def _half(shallow: list[Any], deep: list[Any], start: int, reverse: bool) -> _Half:
+def half_of(shallow: list[Any], deep: list[Any], start: int, reverse: bool) -> Half:
+    """The units of one half, which begins at `start`, from signatures of two depths.
+
+    GraphoptError where less than three repeat.
+    """
     length = len(deep) - len(shallow)
     prefix = _common(shallow, deep)
     suffix = _common(shallow[::-1], deep[::-1])
@@ -229,7 +233,7 @@ def _half(shallow: list[Any], deep: list[Any], start: int, reverse: bool) -> _Ha
     count = (prefix - first) // length if length > 0 else 0
     if count < LEAST_UNITS:
         raise GraphoptError(f"{NOT_ALIKE}: {max(count, 0)} repeat where {LEAST_UNITS} are needed")
-    return _Half(start, start + len(shallow), start + first, length, count, reverse)
+    return Half(start, start + len(shallow), start + first, length, count, reverse)
 
 
 def _common(a: list[Any], b: list[Any]) -> int:

@@ -18,6 +18,7 @@ _GAP_S = 1e-12
 _COLOURS = ("bright_blue", "yellow", "green", "magenta", "cyan")  # computing first
 
 Span = tuple[str, str, float, float]  # name, channel, when it begins and ends in seconds
+Reading = tuple[float, Mapping[str, int]]  # seconds, and bytes by what they are
 
 
 def spans_of(run: Run, begin_s: float = 0.0) -> tuple[Span, ...]:
@@ -53,10 +54,13 @@ def joined(spans: Sequence[Span]) -> tuple[Span, ...]:
     return tuple(found)
 
 
-def chrome_trace(timelines: Mapping[str, Sequence[Span]]) -> str:
+def chrome_trace(
+    timelines: Mapping[str, Sequence[Span]], counters: Mapping[str, Sequence[Reading]] | None = None
+) -> str:
     """JSON for `chrome://tracing` or Perfetto: a process for each timeline, a thread for each channel.
 
-    Complete events ("X") of the Trace Event Format.
+    Complete events ("X") of the Trace Event Format, and, for a timeline with `counters`, stacked bytes
+    ("C") from each moment on.
 
     >>> trace = chrome_trace({"plan": [("a", "compute", 0.0, 2.0)]})
     >>> json.loads(trace)["traceEvents"][-1]["dur"]
@@ -65,12 +69,17 @@ def chrome_trace(timelines: Mapping[str, Sequence[Span]]) -> str:
     events: list[dict[str, object]] = []
     for process, (title, spans) in enumerate(timelines.items()):
         events.append(_named("process_name", process, 0, title))
-        channels = dict.fromkeys((COMPUTE, *(span[1] for span in spans)))
+        used = dict.fromkeys(span[1] for span in spans)
+        first = [COMPUTE] if COMPUTE in used or not used else []
+        channels = dict.fromkeys([*first, *used])
         lanes = {channel: lane for lane, channel in enumerate(channels)}
         events += [_named("thread_name", process, lane, channel) for channel, lane in lanes.items()]
         for name, channel, begin, end in spans:
             place = {"pid": process, "tid": lanes[channel], "ts": begin * _MICRO}
             events.append({"ph": "X", "name": name, **place, "dur": (end - begin) * _MICRO})
+        for seconds, nbytes in (counters or {}).get(title, ()):
+            moment = {"ph": "C", "name": "bytes", "pid": process, "ts": seconds * _MICRO}
+            events.append({**moment, "args": dict(nbytes)})
     return json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}, indent=1)
 
 

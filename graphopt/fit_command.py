@@ -2,6 +2,7 @@
 
 import argparse
 import textwrap
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from graphopt.errors import GraphoptError
@@ -50,11 +51,11 @@ def run(options: argparse.Namespace) -> None:
     """Carry the command out."""
     import warnings
 
-    from graphopt.terminal import progress, write_text
+    from graphopt.terminal import bar, write_text
 
-    with warnings.catch_warnings(), progress(f"looking at {options.model}"):
+    with warnings.catch_warnings(), bar(f"looking at {options.model}") as advance:
         warnings.simplefilter("ignore")
-        answer = _plan(options) if options.stages else _fit(options)
+        answer = _plan(options) if options.stages else _fit(options, advance)
     if options.json:
         write_text(options.json, answer.to_json())
     if options.json == "-":
@@ -88,12 +89,12 @@ def _model(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _fit(options: argparse.Namespace) -> Any:
+def _fit(options: argparse.Namespace, advance: Callable[[int, int], None]) -> Any:
     from graphopt.fitting import fit
 
     passes: list[Pass] | None = [] if options.plain else None
     asked = {"memory": options.memory, "seq": options.seq, "batch": options.batch, "passes": passes}
-    return fit(options.model, **asked, **_model(options))
+    return fit(options.model, **asked, **_model(options), advance=advance)
 
 
 def _plan(options: argparse.Namespace) -> Any:

@@ -135,6 +135,7 @@ def fit(
     overrides: Mapping[str, zoo.Value] | None = None,
     dtype: torch.dtype | None = None,
     scratch: str = "shapes",
+    advance: Callable[[int, int], None] | None = None,
 ) -> Fit:
     """The largest batch with which a training step fits into `memory`, without running it.
 
@@ -151,6 +152,7 @@ def fit(
         setup: optimizer, ZeRO stage and degrees of parallelism; None: no optimizer, one device.
         size, overrides, dtype: of a zoo model.
         scratch: "shapes", or "measured" to run each kernel here for the scratch it takes.
+        advance: told how many rows of the answer are there, of how many.
 
     Raises:
         GraphoptError: sizes that do not enter as polynomials, or a model that is another one at them.
@@ -170,7 +172,8 @@ def fit(
     """
     chosen = sized_model(model, inputs, size=size, overrides=overrides, dtype=dtype, loss=loss)
     known = _device(device, model)
-    return Fitting(chosen, known, setup or TrainingSetup(), scratch).fit(memory, seq, batch, passes)
+    fitting = Fitting(chosen, known, setup or TrainingSetup(), scratch)
+    return fitting.fit(memory, seq, batch, passes, advance)
 
 
 def peak_formula(
@@ -221,7 +224,12 @@ class Fitting:
         self._flows: dict[Any, SymbolicFlow] = {}
 
     def fit(
-        self, memory: int | str, seq: int | None, batch: int | None, passes: Sequence[Pass] | None
+        self,
+        memory: int | str,
+        seq: int | None,
+        batch: int | None,
+        passes: Sequence[Pass] | None,
+        advance: Callable[[int, int], None] | None = None,
     ) -> Fit:
         """Answer for no passes, each of `passes` alone, and all of them."""
         begin, limit = time.perf_counter(), parse_bytes(memory)
@@ -238,6 +246,8 @@ class Fitting:
         sets += [tried] if len(tried) > 1 else []
         rows = [self.row((), limit, seq, batch)]
         for chosen in sets[1:]:
+            if advance is not None:
+                advance(len(rows), len(sets))
             try:
                 rows.append(self.row(chosen, limit, seq, batch))
             except NotPolynomialError as error:

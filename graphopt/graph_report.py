@@ -119,7 +119,8 @@ class GraphReport:
     @staticmethod
     def of(record: GraphRecord) -> "GraphReport":
         """The facts about one graph of the log."""
-        before, after = _Side.before(record), _Side.after(record)
+        before = Side.before(record)
+        after = before if record.after is record.before else Side.after(record)
         plain = record.costs.dataflow(record.before)
         again = [o for o in after.flow.operators if o.name in after.again]
         return GraphReport(
@@ -151,7 +152,7 @@ class GraphReport:
         )
 
 
-class _Side:
+class Side:
     """The program before or after the passes, as a dataflow and its timeline."""
 
     def __init__(self, program: Program, costs: Costs, hold_outputs: bool) -> None:
@@ -164,22 +165,12 @@ class _Side:
         self.timeline = memory_timeline(self.flow, self.choice, self.again)
 
     @staticmethod
-    def before(record: GraphRecord) -> "_Side":
-        return _Side(record.before, record.costs, _holds_outputs(record))
+    def before(record: GraphRecord) -> "Side":
+        return Side(record.before, record.costs, _holds_outputs(record))
 
     @staticmethod
-    def after(record: GraphRecord) -> "_Side":
-        """A recomputation costs what its original does; what a pass made anew is costed alike."""
-        table, scratch, new = {}, {}, []
-        for node in record.after.operators():
-            name = node.meta.get(RECOMPUTE_OF, node.name)
-            if name in record.costs.nodes:
-                table[node.name] = record.costs.nodes[name]
-                scratch[node.name] = record.costs.workspace_bytes.get(name, 0)
-            else:
-                new.append(node)
-        costs = replace(record.costs, nodes=table, workspace_bytes=scratch).with_nodes(new)
-        return _Side(record.after, costs, _holds_outputs(record))
+    def after(record: GraphRecord) -> "Side":
+        return Side(record.after, costs_after(record), _holds_outputs(record))
 
     def fact(self, value: int, category: str, why: str = "") -> TensorFact:
         """The tensor behind a value of the flow."""
@@ -194,6 +185,19 @@ class _Side:
         )
         shape, dtype = _shape_and_dtype(tensor)
         return TensorFact(known.label, shape, dtype, known.nbytes, origin_of(node), category, why)
+
+
+def costs_after(record: GraphRecord) -> Costs:
+    """Of the planned graph: a recomputation costs what its original does; what is new is costed alike."""
+    table, scratch, new = {}, {}, []
+    for node in record.after.operators():
+        name = node.meta.get(RECOMPUTE_OF, node.name)
+        if name in record.costs.nodes:
+            table[node.name] = record.costs.nodes[name]
+            scratch[node.name] = record.costs.workspace_bytes.get(name, 0)
+        else:
+            new.append(node)
+    return replace(record.costs, nodes=table, workspace_bytes=scratch).with_nodes(new)
 
 
 def _holds_outputs(record: GraphRecord) -> bool:
@@ -233,7 +237,7 @@ def _role_bytes(program: Program, flow: Dataflow, role: Role) -> int:
     return sum(flow.values[v].nbytes for v in values)
 
 
-def _kept(side: _Side) -> tuple[TensorFact, ...]:
+def _kept(side: Side) -> tuple[TensorFact, ...]:
     flow = side.flow
     starts: dict[int, int] = {}
     for operator in flow.operators:
@@ -248,7 +252,7 @@ def _kept(side: _Side) -> tuple[TensorFact, ...]:
     return tuple(sorted(facts, key=lambda fact: (-fact.nbytes, fact.name)))
 
 
-def _why_kept(side: _Side, value: int, starts: int) -> str:
+def _why_kept(side: Side, value: int, starts: int) -> str:
     operator = side.flow.operators[side.flow.values[value].producer]
     if side.nodes[operator.name].target is run_and_save_rng_state and value == operator.writes[0]:
         return "the state of the generator, to draw the same random numbers again"
@@ -261,7 +265,7 @@ def _why_kept(side: _Side, value: int, starts: int) -> str:
     return reason
 
 
-def _recomputed(before: _Side, after: _Side) -> tuple[RecomputeFact, ...]:
+def _recomputed(before: Side, after: Side) -> tuple[RecomputeFact, ...]:
     groups: dict[str, list[int]] = {}
     for index, operator in enumerate(after.flow.operators):
         if operator.name in after.again:
@@ -289,7 +293,7 @@ def _bytes_by_maker(flow: Dataflow, values: Iterable[int]) -> dict[str, int]:
     return found
 
 
-def _next(after: _Side, index: int) -> str:
+def _next(after: Side, index: int) -> str:
     """The first operator that reads what operator `index` makes, by its name in the forward."""
     made = set(after.flow.operators[index].writes)
     reader = next((o.name for o in after.flow.operators if made & set(o.reads)), "")
@@ -306,7 +310,7 @@ def why_recomputed(seconds: float, freed_bytes: int, kept_bytes: int, leads_to: 
     return f"{time} on the way to {leads_to}"
 
 
-def _peak(side: _Side) -> PeakFact | None:
+def _peak(side: Side) -> PeakFact | None:
     timeline = side.timeline
     if not len(timeline.operators):
         return None

@@ -14,6 +14,7 @@ from graphopt.timeline import CATEGORIES, MemoryTimeline
 
 if TYPE_CHECKING:
     from graphopt.comparison import StepComparison
+    from graphopt.mesh_facts import MeshFacts
 
 SCHEMA = 1
 TIMELINE_POINTS = 500  # of a timeline in JSON: the fullest step of each stretch
@@ -34,7 +35,8 @@ class Report:
 
     `records` are the graphs that the last call ran (several only at graph breaks) and
     `other_graphs` counts those compiled for other calls. Peaks are bytes of the whole step:
-    parameters, buffers, inputs, gradients and activations.
+    parameters, buffers, inputs, gradients and activations. A report on a rank of a `mesh` says what that
+    rank communicates.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Report:
     other_graphs: int
     breaks: tuple[GraphBreak, ...]
     measured: "StepComparison | None" = None
+    mesh: "MeshFacts | None" = None
 
     @staticmethod
     def of(name: str, settings: Settings, log: Log) -> "Report":
@@ -110,6 +113,9 @@ class Report:
           each stretch of the run, at most 500.
         - `other_graphs`: number of graphs of earlier calls with other shapes.
         - `breaks`: a list of objects with `place`, `code` and `reason`.
+        - `mesh`: null, or the fields of `MeshFacts` but its runs, and `hidden_seconds`.
+
+        `graphopt/report.schema.json` is a JSON Schema of it.
         """
         peaks = (
             "predicted_peak_bytes",
@@ -129,8 +135,29 @@ class Report:
             "graphs": [_graph_json(g) for g in self.graphs],
             "other_graphs": self.other_graphs,
             "breaks": [asdict(b) for b in self.breaks],
+            "mesh": None if self.mesh is None else self.mesh.to_dict(),
         }
         return json.dumps(data, indent=1)
+
+    def chrome_trace(self) -> str:
+        """The predicted step as JSON for `chrome://tracing` or Perfetto.
+
+        Lanes are the forward, the backward, what is recomputed and the transfers; the bytes alive by
+        category are counters. GraphoptError before the first call.
+        """
+        from graphopt.traces import trace_of
+
+        return trace_of(self)
+
+    def memory_snapshot(self) -> bytes:
+        """The predicted allocations as a pickle like torch's, for https://pytorch.org/memory_viz.
+
+        Sizes are those asked for; addresses are made up, and each event takes a microsecond.
+        GraphoptError before the first call.
+        """
+        from graphopt.traces import snapshot_of
+
+        return snapshot_of(self)
 
     def _repr_html_(self) -> str:
         """Tables for a notebook."""

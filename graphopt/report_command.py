@@ -1,6 +1,7 @@
 """`graphopt report`: predict memory and time of a model's step."""
 
 import argparse
+from typing import TYPE_CHECKING
 
 from graphopt.model_options import (
     add_model_arguments,
@@ -11,26 +12,50 @@ from graphopt.model_options import (
     traced_program,
 )
 
+if TYPE_CHECKING:
+    from graphopt.report import Report
+
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """The options of `graphopt report`."""
+    from graphopt import mesh_command
+
     add_model_arguments(command)
     add_step_arguments(command)
     add = command.add_argument
     add("--top", type=positive, default=10, metavar="N", help="entries of each list (default 10)")
     add("--json", metavar="FILE", help="write the report as JSON too; - prints only JSON")
+    add("--chrome-trace", metavar="FILE", help="write the predicted timeline for chrome://tracing")
+    add("--memory-snapshot", metavar="FILE", help="write predicted allocations for torch's memory viz")
+    mesh_command.add_arguments(command)
     command.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:
     """Carry the command out."""
+    from graphopt import mesh_command
+    from graphopt.report_text import report_lines
+    from graphopt.terminal import print_lines, write_bytes, write_text
+
+    report = mesh_command.report(options) if mesh_command.asked(options) else _report(options)
+    if options.json:
+        write_text(options.json, report.to_json())
+    if options.chrome_trace:
+        write_text(options.chrome_trace, report.chrome_trace())
+    if options.memory_snapshot:
+        write_bytes(options.memory_snapshot, report.memory_snapshot())
+    if options.json != "-":
+        print_lines(report_lines(report, options.top))
+
+
+def _report(options: argparse.Namespace) -> "Report":
+    """On one device."""
     import time
     import warnings
 
     from graphopt.analysis import analyse
     from graphopt.cost_models.devices import get_device
-    from graphopt.report_text import report_lines
-    from graphopt.terminal import print_lines, progress, write_text
+    from graphopt.terminal import progress
 
     passes = passes_of(options)
     device = get_device(options.device)
@@ -44,8 +69,4 @@ def run(options: argparse.Namespace) -> None:
         traced = time.perf_counter() - begin
         with progress(f"planning {loaded.name}"):
             chosen = passes if program.is_joint else []
-            report = analyse(program, loaded.name, chosen, device, traced)
-    if options.json:
-        write_text(options.json, report.to_json())
-    if options.json != "-":
-        print_lines(report_lines(report, options.top))
+            return analyse(program, loaded.name, chosen, device, traced)

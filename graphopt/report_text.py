@@ -7,6 +7,7 @@ from typing import TypeVar
 from graphopt.chart import Line, chart, legend
 from graphopt.cost_models.devices import format_bytes
 from graphopt.graph_report import GraphReport, RecomputeFact, TensorFact, why_recomputed
+from graphopt.mesh_facts import mesh_lines
 from graphopt.origin import Origin, format_seconds
 from graphopt.passes.base import Pass
 from graphopt.passes.module_pass import ModulePass
@@ -36,6 +37,8 @@ def report_lines(report: Report, top: int = TOP) -> list[Line]:
         lines += _kept(graph, top)
         lines += _recomputed(graph, top)
         lines += _peak(graph, top)
+    if report.mesh is not None:
+        lines += mesh_lines(report.mesh)
     lines += _breaks(report)
     if report.other_graphs:
         lines += [[], _plain(f"{report.other_graphs} more compiled for calls with other inputs.")]

@@ -2,7 +2,7 @@
 
 import contextlib
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -67,10 +67,33 @@ def write_text(path: str, text: str) -> None:
         raise GraphoptError(f"cannot write {path}: {error.strerror}") from error
 
 
+def write_bytes(path: str, data: bytes) -> None:
+    """Writes a file; GraphoptError where that fails."""
+    try:
+        Path(path).write_bytes(data)
+    except OSError as error:
+        raise GraphoptError(f"cannot write {path}: {error.strerror}") from error
+
+
 def progress(text: str) -> AbstractContextManager[object]:
     """Says `text` on the error stream while the block runs, if that is a terminal."""
     console = Console(stderr=True)
     return console.status(text) if console.is_terminal else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def bar(text: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on the error stream, if that is a terminal, to be called with done and total."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda done, total: None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True) as shown:
+        task = shown.add_task(text, total=None)
+        yield lambda done, total: shown.update(task, completed=done, total=total)
 
 
 def _console() -> Console:

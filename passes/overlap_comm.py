@@ -18,7 +18,13 @@ from torch import fx
 
 from graphopt import ops
 from graphopt.cost_models.costs import Costs
-from graphopt.cost_models.devices import Cluster, Device
+from graphopt.cost_models.devices import (
+    NETWORK_BYTES_PER_S,
+    NETWORK_LATENCY_S,
+    NETWORK_SOURCE,
+    Cluster,
+    Device,
+)
 from graphopt.cost_models.link_costs import HOST_LINK, LinkCosts, Timing, collective_of, put_in_bytes
 from graphopt.cost_models.link_probe import measured_links
 from graphopt.cost_models.overlap_run import run_order
@@ -43,8 +49,8 @@ from graphopt.passes.share_choice import agreed_shares
 from graphopt.program import Program
 from graphopt.ranks import check_same, groups_of, is_real, largest, size_of
 
-# Of a link that nobody measured: 100 Gbit/s of InfiniBand, 4 us a hop (torch/_inductor/comm_analysis.py).
-_UNKNOWN_LINK = (12.5e9, 4e-6, "torch/_inductor/comm_analysis.py")
+# Of a link that nobody measured.
+_UNKNOWN_LINK = (NETWORK_BYTES_PER_S, NETWORK_LATENCY_S, NETWORK_SOURCE)
 _SPLIT_GAIN = 0.02  # of the time: for less the batch stays whole
 
 

@@ -46,6 +46,7 @@ MODULE_FLOORS = {
     **dict.fromkeys(["show_command", "verify_command"], 4),
     **dict.fromkeys(["bisection", "deviation", "differences", "fingerprint", "pass_syntax"], 4),
     **dict.fromkeys(["plan_file", "program_text", "verification"], 4),
+    **dict.fromkeys(["deepened", "mesh", "mesh_command", "mesh_facts", "mesh_report", "traces"], 4),
     **dict.fromkeys(["batch_plan", "fit_command", "fitting", "sized_model"], 4),
     **dict.fromkeys(["distributed", "pipeline_transfers", "pipelining"], 4),
     **dict.fromkeys(

@@ -169,7 +169,7 @@ def test_a_sampled_timeline_has_the_peak(report: Report) -> None:
 PEAKS = ["predicted_peak_bytes", "baseline_peak_bytes", "measured_peak_bytes"]
 REPORT_KEYS = [
     *("schema", "graphopt", "model", "device", "compiler", "passes", *PEAKS),
-    *("measured_baseline_bytes", "measured", "graphs", "other_graphs", "breaks"),
+    *("measured_baseline_bytes", "measured", "graphs", "other_graphs", "breaks", "mesh"),
 ]
 GRAPH_KEYS = [
     *("is_training", "operators", "inputs", "static_bytes", "reserved_bytes", "parameter_bytes"),
