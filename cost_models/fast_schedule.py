@@ -86,8 +86,11 @@ class FastBackward:
             *(a.nbytes, a.workspace, *steps, kept | self.fixed, self.end, self.owned),
         )
         again = compiled(_again, on_disk=True)(steps[0], a.anchored, a.backward, a.seconds, a.flops)
+        operators, makes_at, makes = steps
         return Profile(
-            *steps,
+            operators,
+            makes_at,
+            makes,
             during,
             frozenset(np.flatnonzero(kept).tolist()),
             int(a.nbytes[kept].sum()),

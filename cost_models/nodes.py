@@ -121,12 +121,16 @@ class Load:
         """Bytes of the distinct tensors that are read."""
         return sum(map(min, self.reads))
 
+    @property
+    def elementwise_ops(self) -> int:
+        """Operations at the rate of float32."""
+        return self.element_ops * max(map(min, self.elements), default=0)
+
     def seconds(self, device: Device) -> float:
         """The time on `device` by the roofline."""
-        elementwise = self.element_ops * max(map(min, self.elements), default=0)
         moved = self.read_bytes + self.write_bytes
         return roofline.seconds(
-            self.flops, moved, self.dtype, device, elementwise, efficiency=self.efficiency
+            self.flops, moved, self.dtype, device, self.elementwise_ops, efficiency=self.efficiency
         )
 
 

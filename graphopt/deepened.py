@@ -19,6 +19,7 @@ from graphopt.errors import GraphoptError
 from graphopt.program import Input, Program, Role, leaves, tensors_of
 from graphopt.split import late_nodes
 
+_STACKS = ("nn_module_stack", "fwd_nn_module_stack")  # of nodes of the forward, and of the backward
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)|(?<=\[')\d+(?='\])")
 _BEFORE = ("placeholder", "get_attr")
 
@@ -214,10 +215,11 @@ class _Deepened:
         target = f"{old.target}{suffix}" if old.op == "placeholder" else old.target
         new = self.graph.create_node(old.op, target, args, kwargs, old.name + suffix)
         new.meta = dict(old.meta)
-        if by and (stack := old.meta.get("nn_module_stack")):
-            new.meta["nn_module_stack"] = {
-                shifted(k, by): (shifted(path, by), kind) for k, (path, kind) in stack.items()
-            }
+        for name in _STACKS if by else ():
+            if stack := old.meta.get(name):
+                new.meta[name] = {
+                    shifted(k, by): (shifted(path, by), kind) for k, (path, kind) in stack.items()
+                }
         self.number[key] = new
         return new
 

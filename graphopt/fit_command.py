@@ -10,7 +10,7 @@ from graphopt.model_options import DTYPES
 
 if TYPE_CHECKING:
     from graphopt.cost_models.training_state import TrainingSetup
-    from graphopt.fitting import Fit
+    from graphopt.fit_answer import Fit
     from graphopt.passes.base import Pass
 
 FORMULA_WIDTH = 400  # characters of a formula that are printed; JSON has all
@@ -121,7 +121,7 @@ def _plan(options: argparse.Namespace) -> Any:
 
 def _print(answer: "Fit") -> None:
     from graphopt.cost_models.devices import format_bytes
-    from graphopt.fitting import named, shown
+    from graphopt.fit_answer import named, shown
     from graphopt.origin import format_seconds
     from graphopt.terminal import print_table
 

@@ -152,10 +152,30 @@ class GraphReport:
         )
 
 
+def costs_of(record: GraphRecord, program: Program) -> Costs:
+    """The costs of `program`, which some passes of `record` made.
+
+    A recomputation costs what its original does; what a pass made anew is costed alike.
+    """
+    table, scratch, new = {}, {}, []
+    for node in program.operators():
+        name = node.meta.get(RECOMPUTE_OF, node.name)
+        if name in record.costs.nodes:
+            table[node.name] = record.costs.nodes[name]
+            scratch[node.name] = record.costs.workspace_bytes.get(name, 0)
+        else:
+            new.append(node)
+    return replace(record.costs, nodes=table, workspace_bytes=scratch).with_nodes(new)
+
+
 class Side:
-    """The program before or after the passes, as a dataflow and its timeline."""
+    """The program before or after the passes, as a dataflow and its timeline.
+
+    `nodes` are its nodes by name; `again` names the recomputations, and `original` says of what.
+    """
 
     def __init__(self, program: Program, costs: Costs, hold_outputs: bool) -> None:
+        self.costs = costs
         flow = costs.dataflow(program)
         self.flow = holding_outputs(flow) if hold_outputs else flow
         self.nodes: dict[str, fx.Node] = {n.name: n for n in program.graph.nodes}
@@ -166,11 +186,13 @@ class Side:
 
     @staticmethod
     def before(record: GraphRecord) -> "Side":
+        """The program as it was captured."""
         return Side(record.before, record.costs, _holds_outputs(record))
 
     @staticmethod
     def after(record: GraphRecord) -> "Side":
-        return Side(record.after, costs_after(record), _holds_outputs(record))
+        """The program as planned."""
+        return Side(record.after, costs_of(record, record.after), _holds_outputs(record))
 
     def fact(self, value: int, category: str, why: str = "") -> TensorFact:
         """The tensor behind a value of the flow."""
@@ -185,19 +207,6 @@ class Side:
         )
         shape, dtype = _shape_and_dtype(tensor)
         return TensorFact(known.label, shape, dtype, known.nbytes, origin_of(node), category, why)
-
-
-def costs_after(record: GraphRecord) -> Costs:
-    """Of the planned graph: a recomputation costs what its original does; what is new is costed alike."""
-    table, scratch, new = {}, {}, []
-    for node in record.after.operators():
-        name = node.meta.get(RECOMPUTE_OF, node.name)
-        if name in record.costs.nodes:
-            table[node.name] = record.costs.nodes[name]
-            scratch[node.name] = record.costs.workspace_bytes.get(name, 0)
-        else:
-            new.append(node)
-    return replace(record.costs, nodes=table, workspace_bytes=scratch).with_nodes(new)
 
 
 def _holds_outputs(record: GraphRecord) -> bool:

@@ -26,7 +26,7 @@ from graphopt.cost_models.program_tasks import NodeSeconds, channel_of, task_gra
 from graphopt.cost_models.task_graph import COMPUTE, Task, TaskGraph
 from graphopt.deepened import deepened, tensors_only
 from graphopt.errors import GraphoptError
-from graphopt.graph_report import costs_after
+from graphopt.graph_report import costs_of
 from graphopt.mesh import Mesh, ranks_of, split_over
 from graphopt.mesh_facts import CollectiveFact, LinkFact, MeshFacts
 from graphopt.models import LoadedModel
@@ -111,7 +111,7 @@ def report_on(
     chosen = passes if found.program.is_joint else ()
     report = analyse(found.program, model.name, chosen, device, seconds)
     (record,) = report.records
-    facts = mesh_facts(record.after, costs_after(record), mesh, links)
+    facts = mesh_facts(record.after, costs_of(record, record.after), mesh, links)
     layers = None if found.captured_layers is None else model.layers
     return replace(report, mesh=replace(facts, layers=layers, captured_layers=found.captured_layers))
 

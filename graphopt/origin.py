@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in [^\n]*\n\s*(?P<code>[^\n]*)')
-_KEY = re.compile(r"\['([^']*)'\]|\.([A-Za-z_]\w*)|\.(\d+)|\[(\d+)\]")
+_KEY = re.compile(r"\['([^']*)'\]|\.([A-Za-z_]\w*)|\.(\d+)|\[(\d+)\]|, '([^']*)'\)")
 _TORCH = str(Path(torch.__file__).parent) + os.sep
 
 
@@ -32,10 +32,14 @@ def operator_name(node: fx.Node) -> str:
 
 
 def origin_of(node: fx.Node) -> Origin:
-    """The line of the model that made `node`: the innermost one outside of torch."""
+    """The line of the model that made `node`: the innermost one outside of torch.
+
+    The module of a node of the backward is that of the forward node which it differentiates.
+    """
     frames = list(_FRAME.finditer(node.meta.get("stack_trace") or ""))
     mine = [f for f in frames if not f["file"].startswith(_TORCH)] or frames
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    stacks = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
+    stack = list(stacks.values())
     module = _module_path(stack[-1][0]) if stack else ""
     if not mine:
         return Origin("", "", module)
@@ -44,10 +48,19 @@ def origin_of(node: fx.Node) -> Origin:
 
 
 def _module_path(source: str) -> str:
-    """`h.0.mlp` for what tracing calls `L['self']._modules['h']._modules['0'].mlp`."""
+    """The submodule's path from what tracing calls it, a name in its own code.
+
+    >>> _module_path("L['self']._modules['h']._modules['0'].mlp")
+    'h.0.mlp'
+    >>> _module_path("getattr(L['fn'].__self__._modules['0'], 'a b')")  # of a bound method's module
+    '0.a b'
+    """
     keys = [next(part for part in match if part) for match in _KEY.findall(source) if any(match)]
-    first = source[:2] in ("L[", "G[")  # a local or a global variable, which is the model itself
-    return ".".join(key for key in keys[first:] if key != "_modules")
+    if "__self__" in keys:
+        keys = keys[keys.index("__self__") + 1 :]
+    elif source.startswith(("L[", "G[", "getattr(L[", "getattr(G[")):
+        keys = keys[1:]  # a local or a global variable, which is the model itself
+    return ".".join(key for key in keys if key != "_modules")
 
 
 def short_path(file: str) -> str:

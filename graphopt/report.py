@@ -159,6 +159,19 @@ class Report:
 
         return snapshot_of(self)
 
+    def to_html(self, budgets: int | None = None) -> str:
+        """The report as one HTML page, which needs nothing else, not even a network.
+
+        It has the memory of the step before and after, tensors and their lifetimes, modules, a roofline,
+        transfers where a pass planned them, and all passes, kept tensors and recomputations. Where one
+        of the passes is a `Checkpoint`, `budgets` budgets are planned for a curve of memory against
+        time: 8 by default, fewer or none where planning one took long; below 3 there is no curve.
+        GraphoptError where plotly is not installed.
+        """
+        from graphopt.html_page import report_html
+
+        return report_html(self, budgets)
+
     def _repr_html_(self) -> str:
         """Tables for a notebook."""
         from graphopt.report_tables import report_html

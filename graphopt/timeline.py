@@ -1,6 +1,6 @@
 """Where the bytes of a step are, instant by instant: a simulated choice, by category."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -12,6 +12,7 @@ from graphopt.cost_models.schedule import Timeline
 from graphopt.passes.chain_solver import Choice
 from graphopt.passes.checkpoint_choice import states_needed, step_of
 
+Lifetime = tuple[int, str, int, int]  # value, category, the first step it is alive in and the last
 CATEGORIES = ("static", "kept", "recomputed", "gradients", "transients")
 
 
@@ -23,13 +24,15 @@ class MemoryTimeline:
     and inputs are static; what the forward leaves for the backward is kept; the rest of the forward
     and of the backward, scratch included, is transient. `operators` is int64[step], indices into
     the dataflow's operators. `alive_at_peak` are the (value, category) pairs of the instant `peak`,
-    without the static ones, largest first.
+    without the static ones, largest first. `lifetimes` say when each value is alive, one that is made
+    again more than once; what is static or scratch has none.
     """
 
     alive_bytes: NDArray[np.int64]
     operators: NDArray[np.int64]
     forward_steps: int
     alive_at_peak: tuple[tuple[int, str], ...]
+    lifetimes: tuple[Lifetime, ...]
 
     @property
     def total_bytes(self) -> NDArray[np.int64]:
@@ -89,7 +92,20 @@ def memory_timeline(
         np.array([s.operator for s in steps], dtype=np.int64),
         len(forward.rows),
         forward.alive if forward_is_peak else backward.alive,
+        _joined(forward.lifetimes, backward.lifetimes, len(forward.rows)),
     )
+
+
+def _joined(
+    forward: Sequence[Lifetime], backward: Sequence[Lifetime], steps: int
+) -> tuple[Lifetime, ...]:
+    """The lifetimes of both halves; what the forward, of `steps` steps, leaves the backward is one."""
+    left = {value: begin for value, category, begin, last in forward if last == steps - 1 >= 0}
+    found = [life for life in forward if life[3] < steps - 1 or life[1] != "kept"]
+    for value, category, first, last in backward:
+        begin = left.get(value) if category == "kept" and first == 0 else None
+        found.append((value, category, first + steps if begin is None else begin, last + steps))
+    return tuple(found)
 
 
 class _Walk:
@@ -108,13 +124,15 @@ class _Walk:
         self.category_of = category_of
         self.rows: list[tuple[int, ...]] = []
         self.alive: tuple[tuple[int, str], ...] = ()
+        self.lifetimes: list[Lifetime] = []
 
     def run(self, start: Collection[int], holds_peak: bool) -> None:
-        """Fill `rows`, and `alive` at the fullest step where this half `holds_peak`."""
+        """Fill `rows` and `lifetimes`, and `alive` at the fullest step where this half `holds_peak`."""
         during = self.timeline.during
         peak = during.index(max(during)) if holds_peak and during else -1
         values, unread = self.flow.values, self._unread()
         alive = set(start)
+        begun = dict.fromkeys(start, 0)
         live = dict.fromkeys(CATEGORIES, 0)
         live["static"] = self.flow.static_bytes
         for value in alive:
@@ -129,11 +147,21 @@ class _Walk:
             now["transients"] += self._scratch_bytes(index)
             self.rows.append(tuple(now.values()))
             alive.update(step.makes)
+            begun.update(dict.fromkeys(step.makes, index))
             if index == peak:
                 self.alive = self._largest(alive - {over})
             for value in (*self.timeline.last_read[index], *unread[index]):
                 live[self.category_of(value)] -= values[value].nbytes
                 alive.discard(value)
+                self._end(value, begun, index - (value == over))
+        for value in sorted(begun):
+            self._end(value, begun, len(self.rows) - 1)
+
+    def _end(self, value: int, begun: dict[int, int], last: int) -> None:
+        """Note that `value` was alive until the step `last`."""
+        first = begun.pop(value, None)
+        if first is not None and first <= last:
+            self.lifetimes.append((value, self.category_of(value), first, last))
 
     def _scratch_bytes(self, index: int) -> int:
         """What the kernel of a step holds for itself, and results made again for nothing."""

@@ -18,7 +18,7 @@ from graphopt.cost_models.run_timeline import Reading, Span, chrome_trace
 from graphopt.cost_models.schedule import Timeline
 from graphopt.cost_models.task_graph import COMPUTE
 from graphopt.errors import GraphoptError
-from graphopt.graph_report import Side, costs_after
+from graphopt.graph_report import Side, costs_of
 from graphopt.origin import Origin, origin_of
 from graphopt.passes.checkpoint_choice import states_needed, step_of
 from graphopt.passes.overlap_plan import OverlapPlan
@@ -47,7 +47,7 @@ def trace_of(report: Report) -> str:
 
 def _runs(record: GraphRecord) -> list[Run]:
     """Forward and backward of the planned graph, transfers as long as a plan of theirs says."""
-    costs = costs_after(record)
+    costs = costs_of(record, record.after)
     seconds = {name: cost.seconds for name, cost in costs.nodes.items()}
     for step in record.steps:
         if isinstance(step.plan, OverlapPlan):

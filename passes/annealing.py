@@ -138,7 +138,8 @@ class _Annealing:
 
     def _run(self, labels: _Labels) -> Profile:
         search = self.search
-        profile = search.fast.run(*labels.masks, search.order, labels.pairs())
+        keep, ephemeral = labels.masks
+        profile = search.fast.run(keep, ephemeral, search.order, labels.pairs())
         search.left -= len(profile.operators) + CALL
         return profile
 

@@ -124,18 +124,13 @@ class Checkpoint(Pass):
 
         A forward alone keeps nothing and recomputes nothing, whatever the budget.
         """
-        flow = costs.dataflow(program)
-        if self.activations is not None:
-            flow = without_gradient_bytes(flow)
-        if self.hold_outputs:
-            flow = holding_outputs(flow)
+        flow = self.flow(program, costs)
         baseline = flow.static_bytes + step_of(flow, everything(flow)).peak_bytes
         budget = self._budget_bytes(baseline, flow.static_bytes)
         if not program.is_joint:
             return plan_of(flow, everything(flow), budget, baseline)
         wish = self.memory if self.activations is None else self.activations
-        free = not costs.fused
-        search = Search(leave_room=costs.followed, freedom=Freedom(free, free))
+        search = search_of(costs)
         room = None if budget is None else budget - costs.margin_bytes
         if self.solver in SOLVERS:
             choice = fitting(flow, subset_choice(flow, self.solver, room), room)
@@ -146,6 +141,13 @@ class Checkpoint(Pass):
             return plan_of(flow, choice, budget, baseline)
         choice, bound = bounded(flow, choice, room, self.time_limit_s)
         return replace(plan_of(flow, choice, budget, baseline), least_recompute_seconds=bound.seconds)
+
+    def flow(self, program: Program, costs: Costs) -> Dataflow:
+        """The dataflow whose peak is bounded: gradients and outputs as the options say."""
+        flow = costs.dataflow(program)
+        if self.activations is not None:
+            flow = without_gradient_bytes(flow)
+        return holding_outputs(flow) if self.hold_outputs else flow
 
     def apply(self, program: Program, plan: CheckpointPlan) -> Program:
         """The joint graph with the recomputations of `plan` in it."""
@@ -171,6 +173,12 @@ class Checkpoint(Pass):
             return resolve_budget(self.memory, baseline_bytes)
         budget = resolve_budget(self.activations, baseline_bytes - static_bytes, "activations")
         return None if budget is None else budget + static_bytes
+
+
+def search_of(costs: Costs) -> Search:
+    """What the search may do in a step that runs as `costs` say."""
+    free = not costs.fused
+    return Search(leave_room=costs.followed, freedom=Freedom(free, free))
 
 
 def choice_of(flow: Dataflow, plan: CheckpointPlan) -> Choice:

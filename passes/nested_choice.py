@@ -99,13 +99,18 @@ def choose_nested(
 
 
 def choose_best(
-    flow: Dataflow, least: bool, budget_bytes: int | None, search: Search = ANYTHING
+    flow: Dataflow,
+    least: bool,
+    budget_bytes: int | None,
+    search: Search = ANYTHING,
+    chain: Callable[[], Chain] | None = None,
 ) -> Choice:
     """What `choose` finds, or a nested choice where that misses the budget or is slower.
 
     For the least peak, a share of it must be worth its time, as for any value given up (`PRICE`).
+    `chain`: what makes the chain of `flow` and the search's freedom.
     """
-    spans = functools.cache(lambda: Chain.of(flow, search.freedom))
+    spans = functools.cache(lambda: Chain.of(flow, search.freedom)) if chain is None else chain
     try:
         labels = choose(flow, least, budget_bytes, search, spans)
     except PlanError:

@@ -15,7 +15,8 @@ from graphopt import Checkpoint, GraphoptError, PlanError, StreamLoss
 from graphopt.batch_plan import Dual, plan_batches
 from graphopt.cli import main
 from graphopt.cost_models.training_state import TrainingSetup
-from graphopt.fitting import Fit, fit, peak_formula
+from graphopt.fit_answer import Fit
+from graphopt.fitting import fit, peak_formula
 from graphopt.passes.checkpoint import choice_of, plan_of
 from graphopt.passes.checkpoint_choice import everything, step_of
 from graphopt.passes.held_plan import HeldPlan

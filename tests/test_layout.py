@@ -47,7 +47,9 @@ MODULE_FLOORS = {
     **dict.fromkeys(["bisection", "deviation", "differences", "fingerprint", "pass_syntax"], 4),
     **dict.fromkeys(["plan_file", "program_text", "verification"], 4),
     **dict.fromkeys(["deepened", "mesh", "mesh_command", "mesh_facts", "mesh_report", "traces"], 4),
-    **dict.fromkeys(["batch_plan", "fit_command", "fitting", "sized_model"], 4),
+    **dict.fromkeys(["html_figures", "html_modules", "html_page", "html_roofline", "html_tables"], 4),
+    **dict.fromkeys(["html_memory", "html_words"], 4),
+    **dict.fromkeys(["batch_plan", "fit_answer", "fit_command", "fitting", "sized_model"], 4),
     **dict.fromkeys(["distributed", "pipeline_transfers", "pipelining"], 4),
     **dict.fromkeys(
         ["lane", "pipeline_vocabulary", "stage_modules", "vocab_sweeps", "vocabulary_passes"], 4
@@ -205,6 +207,9 @@ def test_wheel_has_one_top_level_name(tmp_path: Path) -> None:
     for name in ("kernel.cuh", "emulation.h"):  # what CUDA kernels are made with
         packaged = site / "graphopt" / "codegen" / name
         assert packaged.read_bytes() == (ROOT / "codegen" / name).read_bytes()
+    for name in ("report.css", "report.js"):
+        packaged = site / "graphopt" / name
+        assert packaged.read_bytes() == (ROOT / "graphopt" / name).read_bytes()
     found = run_python(IMPORT_ALL, site).splitlines()
     assert [Path(file).parent for file in found] == [site / "graphopt", site / "graphopt/passes"]
 

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from graphopt import Checkpoint, optimize
 from graphopt.analysis import analyse
 from graphopt.cost_models.devices import format_bytes, get_device
 from graphopt.errors import GraphoptError
+from graphopt.graph_report import Side
 from graphopt.passes.checkpoint import CheckpointPlan
 from graphopt.passes.checkpoint_choice import everything, step_of
 from graphopt.report import Report
@@ -144,6 +146,25 @@ def test_timelines_sum_to_the_simulated_bytes(memory: float | str | None) -> Non
     assert timeline.peak_bytes == flow.static_bytes + step.peak_bytes
     assert timeline.forward_steps == len(step.forward.steps)
     assert (timeline.alive_bytes >= 0).all()
+
+
+@pytest.mark.parametrize("memory", [None, "min", 0.8])
+def test_lifetimes_sum_to_the_timeline(memory: float | str | None) -> None:
+    record = report_of(memory).records[0]
+    for side in (Side.before(record), Side.after(record)):
+        timeline, values = side.timeline, side.flow.values
+        sums = np.zeros_like(timeline.alive_bytes)
+        for value, category, first, last in timeline.lifetimes:
+            sums[CATEGORIES.index(category), first : last + 1] += values[value].nbytes
+        whole = ("kept", "recomputed", "gradients")
+        rows = [CATEGORIES.index(category) for category in whole]
+        assert (sums[rows] == timeline.alive_bytes[rows]).all()
+        scratch = timeline.alive_bytes[-1] - sums[-1]
+        assert (scratch >= 0).all() and not scratch.all()
+        assert len(set(timeline.lifetimes)) == len(timeline.lifetimes)
+        assert {v for v, _ in timeline.alive_at_peak} == {
+            v for v, _, first, last in timeline.lifetimes if first <= timeline.peak <= last
+        }
 
 
 def test_the_tensors_alive_at_the_peak_fill_it(report: Report) -> None:
