@@ -161,6 +161,7 @@ def row(
         "peak_bytes": held,
         "places": {place: plan.places.count(place) for place in ("resident", "device", "host")},
         "lanes": lanes,
+        "contention": dict(plan.contention),
         "predicted": plan.seconds,
         "gap": plan.gap,
         "seconds": {way: statistics.median(s) for way, s in zip(seconds, counted, strict=True)},
@@ -191,9 +192,18 @@ def same(expected: Optimizer, first: nn.Module, found: Optimizer, second: nn.Mod
 def report(rows: list[dict[str, Any]]) -> str:
     """One line for each pair of rates."""
     head = ["optimizer, GB/s, host M/s", "cap MB", "peak MB", "stay, visit, host", "device, host ms"]
-    head += ["in, out ms", "interleaved ms", "predicted", "/ max (worst)", "/ bound", *WAYS[1:]]
+    head += [
+        "in, out ms",
+        "k: host, in, out",
+        "interleaved ms",
+        "predicted",
+        "/ max (worst)",
+        "/ bound",
+        *WAYS[1:],
+    ]
     head += ["in memory", "equal"]
     lines = []
+    lanes = ("host", "host-to-device", "device-to-host")
     for r in rows:
         ms = {way: f"{1e3 * s:.0f}" for way, s in r["seconds"].items()}
         busy = {lane: f"{1e3 * s:.0f}" for lane, s in r["lanes"].items()}
@@ -205,6 +215,7 @@ def report(rows: list[dict[str, Any]]) -> str:
                 ", ".join(str(count) for count in r["places"].values()),
                 f"{busy['compute']}, {busy['host']}",
                 f"{busy['host-to-device']}, {busy['device-to-host']}",
+                ", ".join(f"{r['contention'][lane]:.2f}" for lane in lanes),
                 ms["interleaved"],
                 f"{1e3 * r['predicted']:.0f}",
                 f"{r['to_busiest']:.3f} ({r['worst_to_busiest']:.3f})",
@@ -219,8 +230,8 @@ def report(rows: list[dict[str, Any]]) -> str:
             f"{rows[0]['rounds']} rounds.",
             table(head, lines),
             "Busy times (device, host, and the two directions) are those of the plan; max is the largest "
-            "of them, and the bound considers what waits for what, and contention. Equal: parameters and "
-            "state of every way are those of torch's optimizer, bit for bit, after all rounds.",
+            "of them, and the bound considers what waits for what, and contention k. Equal: parameters "
+            "and state of every way are those of torch's optimizer, bit for bit, after all rounds.",
         ]
     )
 

@@ -18,7 +18,7 @@ from graphopt.cost_models.devices import Cluster
 from graphopt.cost_models.values import numel, tensors
 from graphopt.errors import GraphoptError
 
-Source = Literal["measured", "fitted", "roofline"]
+Source = Literal["measured", "fitted", "given", "roofline"]
 Samples = tuple[tuple[int, float], ...]
 
 
@@ -104,9 +104,13 @@ def collective_of(start: fx.Node) -> Collective | None:
 
 
 def put_in_bytes(start: fx.Node) -> int:
-    """Bytes of the tensors that `start` transfers."""
-    values = (v for n in start.all_input_nodes for v in tensors(n.meta.get("val")))
-    return sum(numel(v) * v.element_size() for v in values)
+    """Bytes of the tensors that `start` transfers; of a copy to or from a handle, those of the tensor."""
+    values = [v for n in start.all_input_nodes for v in tensors(n.meta.get("val"))]
+    read = sum(numel(v) * v.element_size() for v in values)
+    transfer = ops.transfer_of(start)
+    if transfer is None or transfer.group is not None:
+        return read
+    return max(read, sum(numel(v) * v.element_size() for v in tensors(start.meta.get("val"))))
 
 
 def overlapped_seconds(compute_s: float, transfer_s: float, contention: float = 0.0) -> float:

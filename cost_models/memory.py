@@ -4,7 +4,7 @@ A `Dataflow` is the program reduced to what memory depends on: operators that al
 storages (`values`) they read and write. Views vanish into the storage they look at.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -195,29 +195,29 @@ class _Builder:
             return None
         return self._new(rng_state_nbytes(node), len(self.operators), f"{node.name}:generator")
 
-    def _reusable(self, node: fx.Node) -> list[int]:
-        if is_fused(node):
-            return self._reusable_by_kernel(node)
-        found = []
-        for position in ops.overwrite_positions(node):
-            operand = node.args[position]
-            if isinstance(operand, fx.Node) and may_overwrite(node, operand):
-                value = self.value_of[operand.name][0]
-                others = [n for n in node.all_input_nodes if n is not operand]
-                if all(value not in self.value_of[n.name] for n in others):
-                    found.append(value)
-        return found
+    def _reusable(self, node: fx.Node) -> Iterator[int]:
+        for operand in reusable_operands(node):
+            value = self.value_of[operand.name][0]
+            others = (n for n in node.all_input_nodes if n is not operand)
+            if all(value not in self.value_of[n.name] for n in others):
+                yield value
 
-    def _reusable_by_kernel(self, node: fx.Node) -> list[int]:
+
+def reusable_operands(node: fx.Node) -> Iterator[fx.Node]:
+    """The operands that `node` may write its result over where nobody reads them later.
+
+    In the order in which they are tried; another operand of it may be a view of one of them.
+    """
+    if is_fused(node):
         given: Any = node.args[0]
-        found = []
         for source, target in overwritable(fused_at(node)):
-            value = self.value_of[given[source].name][0]
-            others = [n for n in given if n is not given[source]]
-            own = all(value not in self.value_of[n.name] for n in others)
-            if own and may_lie_over(node, given[source], target):
-                found.append(value)
-        return found
+            if may_lie_over(node, given[source], target):
+                yield given[source]
+        return
+    for position in ops.overwrite_positions(node):
+        operand = node.args[position]
+        if isinstance(operand, fx.Node) and may_overwrite(node, operand):
+            yield operand
 
 
 def rng_state_nbytes(node: fx.Node) -> int:

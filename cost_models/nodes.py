@@ -1,7 +1,7 @@
 """What each node of a graph costs on a device: operations, bytes, seconds.
 
-Views, `getitem` and arithmetic on sizes run no kernel and cost nothing; collectives cost nothing
-here either, they are priced by the link they use. Symbolic sizes count as their hints.
+Views, `getitem` and arithmetic on sizes run no kernel and cost nothing; collectives and other transfers
+cost nothing here either, they are priced by the link they use. Symbolic sizes count as their hints.
 """
 
 from collections.abc import Iterable, Iterator
@@ -25,7 +25,7 @@ from graphopt.cost_models.values import (
     touched_bytes,
 )
 from graphopt.fused_ops import fused_at, is_fused
-from graphopt.ops import is_collective, is_random
+from graphopt.ops import is_random, is_transfer
 from graphopt.stream_ops import BODY_OF
 
 aten = torch.ops.aten
@@ -167,7 +167,7 @@ def node_load(node: fx.Node, device: Device) -> Load:
 
 def runs_kernel(node: fx.Node) -> bool:
     """True where running `node` computes something on tensors of this device."""
-    if node.op != "call_function" or is_collective(node.target):
+    if node.op != "call_function" or is_transfer(node.target):
         return False
     if not isinstance(node.target, (torch._ops.OpOverload, torch._ops.HigherOrderOperator)):
         return False

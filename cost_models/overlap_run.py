@@ -79,8 +79,8 @@ def _timed(graph: TaskGraph, order: np.ndarray) -> tuple[np.ndarray, ...]:
 def _held(graph: TaskGraph, order: np.ndarray) -> np.ndarray:
     a = graph.arrays
     found: np.ndarray = compiled(_live, on_disk=True)(
-        *(order, a.reads_at, a.reads, a.writes_at, a.writes, a.readers, a.nbytes, a.scratch),
-        *(a.alive, a.base_bytes),
+        *(order, a.reads_at, a.reads, a.writes_at, a.writes, a.over_at, a.over),
+        *(a.readers, a.nbytes, a.scratch, a.alive, a.base_bytes),
     )
     return found
 
@@ -147,6 +147,8 @@ def _live(
     reads: Any,
     writes_at: Any,
     writes: Any,
+    over_at: Any,
+    over: Any,
     readers: Any,
     nbytes: Any,
     scratch: Any,
@@ -162,6 +164,10 @@ def _live(
         for buffer in writes[writes_at[task] : writes_at[task + 1]]:
             live += nbytes[buffer]
         found[task] = live + scratch[task]
+        for buffer in over[over_at[task] : over_at[task + 1]]:
+            if readers[buffer] == 1:  # this task
+                found[task] -= nbytes[buffer]
+                break
         for buffer in reads[reads_at[task] : reads_at[task + 1]]:
             readers[buffer] -= 1
             live -= nbytes[buffer] if readers[buffer] == 0 else 0

@@ -2,8 +2,10 @@
 
 A functional collective and its `wait_tensor` become a transfer on the channel of its process group, and
 a task of no time that waits for it; copies between host and device that are started and waited for become
-the same. Random operators stay in their order. What may have an effect that is not known, such as
-a custom operator, is a barrier: all that came before stays before, all that came after stays after.
+the same, and so do values that are offloaded to a file and fetched back. Random operators stay in their
+order; those that are replayed from a saved state move like others. What may have an effect that is not
+known, such as a custom operator, is a barrier: all that came before stays before, all that came after
+stays after.
 """
 
 import operator
@@ -11,8 +13,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import fx
+from torch._prims.rng_prims import run_and_save_rng_state, run_with_rng_state
 
 from graphopt import ops
+from graphopt.cost_models.memory import reusable_operands
 from graphopt.cost_models.task_graph import COMPUTE, DEVICE_TO_HOST, HOST_TO_DEVICE, Task, TaskGraph
 from graphopt.program import Program, Role, Storage, leaves, storages_of
 from graphopt.split import late_nodes, saved_nodes
@@ -80,6 +84,11 @@ def _is_waited_for(start: fx.Node) -> bool:
     readers = [user for result in results for user in result.users]
     alone = not items or len(items) == len(start.users)
     return alone and bool(readers) and all(r.users for r in results) and all(map(ops.is_wait, readers))
+
+
+def _is_movable(node: fx.Node) -> bool:
+    """True for what computes nothing but its results, operators on a saved random state among them."""
+    return node.target in (run_and_save_rng_state, run_with_rng_state) or ops.is_movable(node)
 
 
 def _storages_of(
@@ -151,8 +160,21 @@ class _Half:
                 tuple(sorted(reads)),
                 tuple(self.buffers[storage] for storage in new),
                 self.costs.scratch_bytes.get(node.name, 0),
+                self._over(node) if channel == COMPUTE else (),
             )
         )
+
+    def _over(self, node: fx.Node) -> tuple[int, ...]:
+        """The buffers that `node` may write over; autograd holds those that are there before."""
+        found = []
+        for operand in reusable_operands(node):
+            storage = self.storages[operand][0]
+            others = (n for n in node.all_input_nodes if n is not operand)
+            own = all(storage not in self.storages[n] for n in others)
+            buffer = self.buffers.get(storage)
+            if own and buffer is not None and buffer not in self.alive:
+                found.append(buffer)
+        return tuple(found)
 
     def _buffers_behind(self, nodes: Iterable[fx.Node]) -> set[int]:
         found = (self.buffers.get(s) for n in nodes for s in self.storages[n])
@@ -166,10 +188,10 @@ class _Half:
         """Tasks that `node` stays behind without reading them."""
         number = len(self.tasks)
         after = set() if self.barrier is None else {self.barrier}
-        if channel == COMPUTE and not ops.is_wait(node) and not ops.is_movable(node):
+        if channel == COMPUTE and not ops.is_wait(node) and not _is_movable(node):
             after |= set(range(self.barrier or 0, number))
             self.barrier = number
-        if ops.is_random(node):
+        if node.target is run_and_save_rng_state or ops.is_random(node):
             after |= set() if self.random is None else {self.random}
             self.random = number
         return after

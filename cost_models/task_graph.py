@@ -26,7 +26,8 @@ class Task:
 
     `reads` and `writes` are buffers (indices): a buffer is there from the task that writes it to the last
     one that reads it. A transfer uses its buffers until it has ended, so the task that waits for it
-    reads them, too. `scratch_bytes` are held while the task runs.
+    reads them, too. `scratch_bytes` are held while the task runs. It writes its result over the first of
+    the buffers `over`, all of which it reads, that nobody reads later.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Task:
     reads: tuple[int, ...] = ()
     writes: tuple[int, ...] = ()
     scratch_bytes: int = 0
+    over: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,10 @@ class TaskGraph:
             made.update(task.writes)
             if unmade := [b for b in task.reads if b not in made]:
                 raise PlanError(f"task {task.name} reads buffer {unmade[0]} before it is written")
+            if unread := set(task.over).difference(task.reads):
+                raise PlanError(
+                    f"task {task.name} writes over buffer {min(unread)}, which it does not read"
+                )
         for channel, share in self.contention.items():
             if not 0 <= share < float("inf"):
                 raise PlanError(f"contention of {channel} is {share}")
@@ -116,6 +122,7 @@ class TaskArrays:
         self.users_at, self.users = flat_rows(_users(tasks))
         self.reads_at, self.reads = flat_rows([tuple(dict.fromkeys(t.reads)) for t in tasks])
         self.writes_at, self.writes = flat_rows([t.writes for t in tasks])
+        self.over_at, self.over = flat_rows([t.over for t in tasks])
         self.scratch = np.array([t.scratch_bytes for t in tasks], np.int64)
         self.nbytes = np.array(graph.nbytes, np.int64)
         self.alive = np.array(graph.alive, np.int64)

@@ -164,8 +164,16 @@ _STARTS: dict[str, tuple[str, int | None]] = {
     "_c10d_functional::broadcast": ("broadcast", 2),
     "ao::offload": ("device_to_host", None),
     "ao::reload": ("host_to_device", None),
+    "graphopt::offload": ("device_to_host", None),
+    "graphopt::fetch": ("host_to_device", None),
 }
-_WAITS = {"_c10d_functional::wait_tensor", "ao::wait_tensor"}
+# Operators that wait for a transfer, and whether they return what it made.
+_WAITS = {
+    "_c10d_functional::wait_tensor": True,
+    "ao::wait_tensor": True,
+    "graphopt::offload_wait": False,
+    "graphopt::fetch_wait": True,
+}
 # What moves values to places outside of the memory and back: each has its own place in the order.
 _OFFLOADS = {"graphopt::offload", "graphopt::offload_wait", "graphopt::fetch", "graphopt::fetch_wait"}
 
@@ -189,6 +197,22 @@ def transfer_of(node: fx.Node) -> Transfer | None:
 def is_wait(node: fx.Node) -> bool:
     """True where `node` waits for the end of the transfer that made its operand."""
     return schema_name(node.target) in _WAITS
+
+
+def waits_for_operand(node: fx.Node) -> bool:
+    """True for a wait whose result is its operand, ready."""
+    return _WAITS.get(schema_name(node.target), False)
+
+
+def is_transfer(target: Any) -> bool:
+    """True for operators that take the time of a link: transfers, their waits, and all collectives."""
+    name = schema_name(target)
+    return name in _STARTS or name in _WAITS or is_collective(target)
+
+
+def offloads(node: fx.Node) -> bool:
+    """True where `node` starts to move a value to a place outside of the memory."""
+    return schema_name(node.target) == "graphopt::offload"
 
 
 def operands_in_flight(wait: fx.Node) -> list[fx.Node]:

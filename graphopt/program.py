@@ -223,7 +223,7 @@ def _leaves_of(node: fx.Node) -> tuple[Leaf, ...]:
 def _alias(node: fx.Node, tensor: torch.Tensor) -> tuple[int, int] | None:
     if not isinstance(tensor, FakeTensor) and tensor.device.type == "meta":
         raise TraceError(f"node {node.name} was traced without fake tensors; its storages are unknown")
-    if ops.is_wait(node):  # returns its operand; its fake result says nothing of that
+    if ops.waits_for_operand(node):  # its fake result says nothing of that
         return 0, 0
     storage = tensor.untyped_storage()._cdata
     for position, source in enumerate(node.all_input_nodes):

@@ -6,6 +6,7 @@ from typing import Literal
 import numpy as np
 
 from graphopt.cost_models.overlap_run import Run
+from graphopt.cost_models.task_graph import COMPUTE, DEVICE_TO_HOST
 
 Reason = Literal["", "dependency", "channel busy", "memory"]
 _NOTHING_S = 1e-12
@@ -16,7 +17,8 @@ class Exposure:
     """Of one transfer (a task): the seconds that computing waits for it, and what made it so late.
 
     "dependency": it began when what it sends was made. "channel busy": another transfer was before it.
-    "memory": its results would not have fitted earlier.
+    "memory": its results would not have fitted earlier, or what it sends had to leave before the rest
+    was computed.
     """
 
     task: int
@@ -48,6 +50,8 @@ def exposures(run: Run, memory_bytes: int | None = None) -> tuple[Exposure, ...]
 def _reason(run: Run, transfer: int, memory_bytes: int | None) -> Reason:
     """Why `transfer` did not begin when all that it waits for had ended."""
     graph, task = run.graph, run.graph.tasks[transfer]
+    if _makes_room(run, transfer):
+        return "memory"
     ready = max((run.end[i] for i in task.after), default=0.0)
     held = run.issued[transfer] - ready
     if held > _NOTHING_S and memory_bytes is not None:
@@ -58,3 +62,13 @@ def _reason(run: Run, transfer: int, memory_bytes: int | None) -> Reason:
     same = [i for i in graph.transfers if graph.tasks[i].channel == task.channel and i != transfer]
     before = [run.end[i] for i in same if run.begin[i] < run.begin[transfer]]
     return "channel busy" if max(before, default=0.0) > ready + _NOTHING_S else "dependency"
+
+
+def _makes_room(run: Run, transfer: int) -> bool:
+    """True where no task needs what `transfer` makes, and yet some compute behind the wait for it."""
+    tasks, a = run.graph.tasks, run.graph.arrays
+    waits = a.users[a.users_at[transfer] : a.users_at[transfer + 1]].tolist()
+    if tasks[transfer].channel != DEVICE_TO_HOST or any(a.users_at[w] < a.users_at[w + 1] for w in waits):
+        return False
+    first = min(map(run.order.index, waits), default=len(run.order))
+    return any(tasks[i].channel == COMPUTE and tasks[i].seconds for i in run.order[first:])

@@ -62,7 +62,10 @@ def list_order(
     a = graph.arrays
     order: np.ndarray = compiled(_list_order, on_disk=True)(
         (a.channel, a.seconds, len(graph.channels), a.after_at, a.users_at, a.users),
-        (a.reads_at, a.reads, a.writes_at, a.writes, a.readers, a.nbytes, a.scratch, a.alive),
+        (
+            *(a.reads_at, a.reads, a.writes_at, a.writes, a.readers, a.nbytes, a.scratch, a.alive),
+            *(a.over_at, a.over),
+        ),
         priority,
         np.inf if early else 0.0,
         (NO_LIMIT if memory_bytes is None else memory_bytes) - a.base_bytes,
@@ -99,7 +102,7 @@ def _transfer_tails(channel: Any, seconds: Any, users_at: Any, users: Any) -> An
 
 def _list_order(tasks: Any, buffers: Any, priority: Any, ahead: float, limit: int, reserve: int) -> Any:
     channel, seconds, lanes, after_at, users_at, users = tasks
-    reads_at, reads, writes_at, writes, readers, nbytes, scratch, alive = buffers
+    reads_at, reads, writes_at, writes, readers, nbytes, scratch, alive, over_at, over = buffers
     count, placed, now = len(seconds), 0, 0.0
     order, readers = np.empty(count, np.int64), readers.copy()
     waiting, released = after_at[1:] - after_at[:-1], np.zeros(count)
@@ -116,7 +119,10 @@ def _list_order(tasks: Any, buffers: Any, priority: Any, ahead: float, limit: in
         best, aside = -1, [(0.0, 0) for _ in range(0)]
         while len(ready[0]) > 0 and best < 0:  # the first computation that fits
             item = heapq.heappop(ready[0])
-            if live + need[item[1]] <= limit:
+            fits = live + need[item[1]] <= limit
+            for buffer in over[over_at[item[1]] : over_at[item[1] + 1]]:  # that it writes over
+                fits = fits or (readers[buffer] == 1 and live + need[item[1]] - nbytes[buffer] <= limit)
+            if fits:
                 best = item[1]
             else:
                 aside.append(item)

@@ -15,10 +15,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
+from graphopt.cost_models.link_costs import Timing, put_in_bytes
 from graphopt.custom_ops import register
-from graphopt.passes.offload_store import channel_of, place_of
+from graphopt.passes.offload_store import channel_of, lines_of, place_of
 
 
 def offload(value: Tensor, folder: str | None, bytes_per_s: float | None) -> Tensor:
@@ -70,3 +71,19 @@ register(
 )
 
 ops = torch.ops.graphopt
+
+
+def timing_of(start: fx.Node) -> Timing | None:
+    """What the write or read that `start` begins takes in its channel; None for other operators."""
+    options: Any
+    if start.target is ops.offload.default:
+        number, (_, *options) = 0, start.args
+    elif start.target is ops.fetch.default:
+        number, place = 1, start.args[0]
+        if not isinstance(place, fx.Node) or place.target is not ops.offload_wait.default:
+            return None
+        (_, *options) = place.all_input_nodes[0].args
+    else:
+        return None
+    seconds = lines_of(*options)[number].seconds(put_in_bytes(start))
+    return Timing(seconds, "fitted" if options[1] is None else "given")

@@ -184,7 +184,8 @@ class OffloadOptimizer:
         largest = max(s.elements for c in cuttings for s in c.subgroups)
         elements = min(largest, _PROBE_ELEMENTS, max(_LEAST_ELEMENTS, limit // 2 // held))
         scratch = cuttings[0].scratch_bytes
-        return measured_costs(rule, group, most.tensor, self._host(), elements, scratch)
+        every = [most.tensor, *(one.tensor for one in parameters if one is not most)]
+        return measured_costs(rule, group, every, self._host(), elements, scratch)
 
     def _host(self) -> Host:
         folder = None if self.folder is None else str(self.folder)

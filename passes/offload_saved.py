@@ -21,7 +21,6 @@ from torch._subclasses.fake_tensor import FakeTensor
 from graphopt import ops as facts
 from graphopt.cost_models.costs import Costs
 from graphopt.cost_models.devices import format_bytes
-from graphopt.cost_models.link_costs import Line
 from graphopt.cost_models.memory import Dataflow, dataflow, may_overwrite
 from graphopt.errors import PlanError
 from graphopt.passes.base import Pass
@@ -31,7 +30,7 @@ from graphopt.passes.checkpoint_choice import LIGHT_SHARE, everything, step_of
 from graphopt.passes.offload_choice import OffloadChoice, choose_offloads, least_bytes
 from graphopt.passes.offload_ops import ops
 from graphopt.passes.offload_schedule import HANDLE_BYTES, Candidate, OffloadProblem, Transfers
-from graphopt.passes.offload_store import measured_lines
+from graphopt.passes.offload_store import lines_of
 from graphopt.passes.pack_saved import backward_readers, marked_late, read_instead
 from graphopt.passes.replay import RECOMPUTE_OF
 from graphopt.plan import Plan
@@ -180,8 +179,7 @@ class OffloadSaved(Pass):
     def _base(self, program: Program, costs: Costs, plan: CheckpointPlan) -> _Base:
         result = Checkpoint().apply(program, plan) if program.is_joint else program
         flow = _costs_after(result, costs).dataflow(result)
-        given = None if self.bytes_per_s is None else Line(0.0, 1 / self.bytes_per_s)
-        write, read = (given, given) if given else measured_lines(self.folder)
+        write, read = lines_of(self.folder, self.bytes_per_s)
         saved = frozenset(
             v
             for n in saved_nodes(result)

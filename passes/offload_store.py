@@ -10,6 +10,7 @@ import contextlib
 import queue
 import tempfile
 import threading
+import time
 import weakref
 from functools import cache, partial
 from itertools import count
@@ -34,6 +35,7 @@ class _Transfer(Request):
         what = "written" if is_write else "read back"
         super().__init__(bytes_of(value), f"an offloaded value could not be {what}")
         self.is_write, self.offset = is_write, offset
+        self.asked_s = time.perf_counter()
 
 
 class Place:
@@ -178,6 +180,7 @@ def _serve(file: Any, requests: "queue.SimpleQueue[_Transfer | None]", throttle:
 
 def _carry_out(file: Any, throttle: Throttle, request: _Transfer) -> None:
     assert request.memory is not None
+    throttle.begin(request.asked_s)
     view = request.memory.numpy().data
     begin = 0
     while begin < len(view) and request.is_wanted:
@@ -191,6 +194,13 @@ def _carry_out(file: Any, throttle: Throttle, request: _Transfer) -> None:
 
 
 # --- what it takes ------------------------------------------------------------------------------
+
+
+def lines_of(folder: str | None, bytes_per_s: float | None) -> tuple[Line, Line]:
+    """What writes and reads take: at the speed that is given, else as measured in `folder`."""
+    if bytes_per_s is None:
+        return measured_lines(folder)
+    return Line(0.0, 1 / bytes_per_s), Line(0.0, 1 / bytes_per_s)
 
 
 @cache

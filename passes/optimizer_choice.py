@@ -2,7 +2,8 @@
 
 Candidates have as many subgroups resident as fit beside a few slots, and as many on the host as balance
 the channels, or a few more or fewer. Each gets the order that `graphopt.passes.overlap_search` finds
-within the memory; the search ends when no lower bound is below the best time.
+within the memory; the search ends when no lower bound is below the best time. The host takes part only
+where that is clearly quicker: what it does slows down what is beside it in ways that no plan foresees.
 """
 
 from collections.abc import Iterator, Sequence
@@ -31,6 +32,8 @@ _NEAR = 2  # subgroups more or fewer on the host than balance the channels
 NUMBERS_BYTES = 64  # what operators make of numbers, such as factors
 _TRIALS, _LAST_TRIALS = 8, 200  # orders that are searched for a candidate, and for the best one
 _GAIN = 1e-3  # of the time: less does not count
+_FINER_GAIN = 0.03  # for less, subgroups are not cut finer: there would be more to hand over
+_HOST_GAIN = 0.1  # of the time: for less nothing is updated on the host
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,11 +86,12 @@ def choose_updates(
     `host_share` of the subgroups that do not stay are updated on the host; None: as many as is best.
     PlanError with `reachable_bytes` where nothing fits.
     """
-    best: Choice | None = None
+    best: dict[bool, Choice] = {}  # with something on the host, and without
     for number, cutting in enumerate(cuttings):
         for places in dict.fromkeys(_candidates(cutting, costs, memory_bytes, host_share)):
             graph, steps = _graph(cutting, places, costs)
-            limit = float("inf") if best is None else best.schedule.run.seconds * (1 - _GAIN)
+            hosted = HOST in places
+            limit = _most_seconds(best, hosted, number)
             if bound(graph).seconds >= limit:
                 continue
             try:
@@ -95,8 +99,8 @@ def choose_updates(
             except PlanError:  # no order was found that fits; others have more room
                 continue
             if found.run.seconds < limit:
-                best = Choice(number, places, found, steps)
-    if best is None:
+                best[hosted] = Choice(number, places, found, steps)
+    if not best:
         least = least_bytes(cuttings, host_share)
         raise PlanError(
             f"no plan keeps the optimizer within {format_bytes(memory_bytes)}; the least that it can "
@@ -104,13 +108,38 @@ def choose_updates(
             reachable_bytes=least,
             budget_bytes=memory_bytes,
         )
-    graph, steps = _graph(cuttings[best.cutting], best.places, costs)
+    return _searched(_preferred(best), cuttings, costs, memory_bytes)
+
+
+def _most_seconds(best: dict[bool, Choice], hosted: bool, number: int) -> float:
+    """What a choice that is `hosted` or not, of cutting `number`, has to be quicker than."""
+    found = [float("inf")]
+    if hosted in best:
+        gain = _GAIN if best[hosted].cutting == number else _FINER_GAIN
+        found.append(best[hosted].schedule.run.seconds * (1 - gain))
+    if (not hosted) in best:
+        gain = 1 - _HOST_GAIN if hosted else 1 / (1 - _HOST_GAIN)
+        found.append(best[not hosted].schedule.run.seconds * gain)
+    return min(found)
+
+
+def _preferred(best: dict[bool, Choice]) -> Choice:
+    """The one without the host, unless the other is clearly quicker."""
+    if len(best) == 1:
+        return next(iter(best.values()))
+    device, host = (best[hosted].schedule.run.seconds for hosted in (False, True))
+    return best[host < (1 - _HOST_GAIN) * device]
+
+
+def _searched(
+    choice: Choice, cuttings: Sequence[Cutting], costs: UpdateCosts, memory_bytes: int
+) -> Choice:
+    """`choice`, in a better order where a longer search finds one."""
+    graph, steps = _graph(cuttings[choice.cutting], choice.places, costs)
     last = schedule(graph, memory_bytes=memory_bytes, trials=_LAST_TRIALS)
-    return (
-        best
-        if best.schedule.run.seconds <= last.run.seconds
-        else Choice(best.cutting, best.places, last, steps)
-    )
+    if choice.schedule.run.seconds <= last.run.seconds:
+        return choice
+    return Choice(choice.cutting, choice.places, last, steps)
 
 
 def _graph(

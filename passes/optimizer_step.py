@@ -1,5 +1,6 @@
 """One step of an offloaded optimizer, and where its state is."""
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -27,13 +28,14 @@ from graphopt.passes.layer_file import PAGE
 from graphopt.passes.optimizer_layout import Layout, Piece, Trained
 from graphopt.passes.optimizer_plan import OffloadOptimizerPlan
 from graphopt.passes.optimizer_rules import Rule, Update, in_chunks
+from graphopt.passes.transfer_thread import Request
 
 Group = dict[str, Any]
 
 _NEEDS = {UPDATE: FETCH, DONE: PUT, BACK: WORK, MOVE: BACK}  # what is waited for
 _TAKES, _GIVES = (FETCH, BACK), (DONE, MOVE)  # memory
 _WINDOW = 32  # tasks among which the next is looked for
-_POLL_S = 5e-4  # for how long the first is waited for before others are looked at
+_LOOK_S = 0.05  # after so long a wait all are looked at again, whether or not one is done
 
 
 class StateStore:
@@ -99,6 +101,7 @@ class UpdateStep:
         self.used: dict[int, Tensor] = {}
         self.under_way: dict[tuple[str, int], Transfer | Work] = {}
         self.latest: dict[bool, Transfer] = {}  # in either direction, the one to the device under True
+        self.bell = threading.Event()  # something that was under way is done
         on_device = any(place != HOST for place in plan.places)
         self.scratch = _bytes(plan.scratch_bytes if on_device else 0, device)
         host_bytes = plan.scratch_bytes if device.type == "cuda" else plan.host_scratch_bytes
@@ -121,12 +124,16 @@ class UpdateStep:
             MOVE: self.move,
         }
         while pending:
+            self.bell.clear()
             at = self.next_of(pending)
             if at < 0:
-                self.under_way[_NEEDS[pending[0][0]], pending[0][1]].is_done.wait(_POLL_S)  # type: ignore[union-attr]
+                self.bell.wait(_LOOK_S)
                 continue
             kind, number = pending.pop(at)
             actions[kind](number)
+            begun = self.under_way.get((kind, number))
+            if isinstance(begun, Request):
+                begun.bell = self.bell
 
     def next_of(self, pending: Sequence[Step]) -> int:
         """Where the first is of those that can be done without standing still, or -1.

@@ -1,7 +1,7 @@
 """What updates on the device and on the host take, and transfers between both, as measured."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,28 +16,37 @@ from graphopt.passes.transfer_thread import line_of
 
 _PROBE_S = 0.02  # of a throttled transfer that is timed
 _LEAST = 2**16  # bytes or elements
-_PAIRS = 5  # runs side by side, of which the median counts
+_PAIRS = 7  # runs side by side, of which the median counts
+_CACHE_BYTES = 2**27  # more than caches of processors hold
 
 Start = Callable[[], Callable[[], object]]  # begins something, and gives what waits for it
 
 
 def measured_costs(
-    rule: Rule, group: Group, like: Tensor, host: Host, elements: int, scratch_bytes: int
+    rule: Rule,
+    group: Group,
+    parameters: Sequence[Tensor],
+    host: Host,
+    elements: int,
+    scratch_bytes: int,
 ) -> UpdateCosts:
-    """Of subgroups of up to `elements` with the dtype and device of `like`."""
-    probe = _Probe(rule, group, like, host, elements, scratch_bytes)
+    """Of subgroups of up to `elements` with the dtype and device of the first of `parameters`.
+
+    What a processor's cache holds of a subgroup is gone when its turn comes again: updates are timed
+    after all parameters were read.
+    """
+    probe = _Probe(rule, group, parameters, host, elements, scratch_bytes)
     try:
         device, move, work = probe.times(probe.update), probe.times(probe.move), probe.host_time()
         fetch, put = probe.transfers(probe.memory.fetch), probe.transfers(probe.memory.put)
-        alone = device.seconds(elements)
         seconds = work.seconds(probe.host_elements)
-        found = {HOST: probe.contention(alone, seconds, probe.host_work)}
+        found = {HOST: probe.contention(seconds, probe.host_work)}
         for channel, line, transfer in (
             (HOST_TO_DEVICE, fetch, probe.memory.fetch),
             (DEVICE_TO_HOST, put, probe.memory.put),
         ):
             start = probe.moving(transfer, probe.most_bytes)
-            found[channel] = probe.contention(alone, line.seconds(probe.most_bytes), start)
+            found[channel] = probe.contention(line.seconds(probe.most_bytes), start)
     finally:
         probe.close()
     return UpdateCosts(device, work, move, fetch, put, found)
@@ -50,12 +59,14 @@ class _Probe:
         self,
         rule: Rule,
         group: Group,
-        like: Tensor,
+        parameters: Sequence[Tensor],
         host: Host,
         elements: int,
         scratch_bytes: int,
     ) -> None:
+        like = parameters[0]
         self.rule, self.group, self.elements, self.device = rule, group, elements, like.device
+        self.others = parameters
         tensors = 2 + len(rule.states(group))
         nbytes = tensors * elements * like.element_size()
         self.memory, self.worker = host.memory(nbytes, like.device), host.worker()
@@ -108,7 +119,16 @@ class _Probe:
             run(elements)
             self.finish()
 
-        return line_of(move, sorted({max(1, self.elements // 4), self.elements}))
+        return line_of(move, sorted({max(1, self.elements // 4), self.elements}), self.forget)
+
+    def forget(self) -> None:
+        """Read what is larger than the processor's cache, where there is that much."""
+        left = _CACHE_BYTES if self.device.type == "cpu" else 0
+        for other in self.others:
+            if left <= 0:
+                return
+            other.detach().sum()
+            left -= other.numel() * other.element_size()
 
     def host_time(self) -> Line:
         """The time of what the host does, by elements."""
@@ -135,18 +155,27 @@ class _Probe:
 
         return self.worker.ask(run).wait
 
-    def contention(self, alone: float, seconds: float, start: Start) -> float:
-        """By how much updates of `alone` seconds and what takes `seconds` beside them slow each other."""
-        repeats, times = max(1, round(seconds / alone)), []
-        for _ in range(_PAIRS):
-            begin = time.perf_counter()
-            wait = start()
-            for _ in range(repeats):
-                self.update(self.elements)
-            wait()
-            self.finish()
-            times.append(time.perf_counter() - begin)
-        return contention([Repetition(repeats * alone, seconds, both) for both in times]).share
+    def contention(self, seconds: float, start: Start) -> float:
+        """By how much updates and what takes `seconds` beside them slow each other down.
+
+        Updates of one subgroup, again and again, with and without the other.
+        """
+        once = self.updates(1, None)
+        repeats = max(1, round(seconds / once))
+        alone = [self.updates(repeats, None) for _ in range(_PAIRS)]
+        both = [self.updates(repeats, start) for _ in range(_PAIRS)]
+        pairs = zip(alone, both, strict=True)
+        return contention([Repetition(one, seconds, two) for one, two in pairs]).share
+
+    def updates(self, repeats: int, start: Start | None) -> float:
+        """The seconds of so many updates, beside what is started."""
+        begin = time.perf_counter()
+        wait = start() if start is not None else self.finish
+        for _ in range(repeats):
+            self.update(self.elements)
+        wait()
+        self.finish()
+        return time.perf_counter() - begin
 
     def close(self) -> None:
         """Ends the threads."""

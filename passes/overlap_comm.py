@@ -41,6 +41,7 @@ from graphopt.passes.capacity_choice import agreed_chunks, best_degree
 from graphopt.passes.capacity_split import CannotChunk, CapacityChunks
 from graphopt.passes.gather_choice import by_worth, fastest, most_kept
 from graphopt.passes.gathered_parameters import gather_rows, gathered_again, gathers_of
+from graphopt.passes.offload_ops import timing_of
 from graphopt.passes.overlap_order import reordered
 from graphopt.passes.overlap_plan import OverlapPlan, in_ms, plan_of, spans_of_step
 from graphopt.passes.overlap_search import GAP, schedule
@@ -60,10 +61,14 @@ class OverlapComm(Pass):
 
     For models that are split over ranks, by DTensor or with functional collectives. `memory` bounds the
     peak of the step as the new order has it: bytes, "6GiB", or a share of the captured peak (1.0: no
-    more than now, as one may want behind a `Checkpoint`); None: what the device has. `links` says what
-    transfers take; None measures them on the process groups of the program. The search is the same for
-    the same `seed`, and ends within `gap` of the lower bound. Every rank of the groups has to plan the
-    same program at the same time.
+    more than now, as one may want behind a `Checkpoint`); None: what the device has, or no more than now
+    where values are offloaded. `links` says what transfers take; None measures them on the process groups
+    of the program. The search is the same for the same `seed`, and ends within `gap` of the lower bound.
+    Every rank of the groups has to plan the same program at the same time.
+
+    Behind `OffloadSaved` it also orders what goes to the file and comes back, on a channel in either
+    direction: a fetched value takes memory from the start of its transfer, one that is offloaded up to
+    the wait for it, within the forward. No order starts a fetch before the backward begins.
 
     `split` says into how many parts the batch, or one text with causal attention, is cut: 1 leaves it
     whole, None takes 2 where the cost model promises a gain; the plan's remark says why. Operators that
@@ -126,9 +131,9 @@ class OverlapComm(Pass):
         tasks = _tasks(program, costs, links)
         before = [run_order(g, range(len(g.tasks))) for g in tasks.graphs]
         peak = max(run.peak_bytes for run in before)
-        limit = self._limit(peak, costs.device, groups)
+        limit = self._limit(program, peak, costs.device, groups)
         plan = self._gathered(program, costs, links, tasks, limit)
-        if self.split != 1 and plan.transfers:
+        if plan.transfers and (self.split or 1 + bool(groups)) > 1:
             plan = self._in_parts(gathered_again(program, plan.again), costs, links, plan)
         if plan.transfers and self._may_share(program):
             plan = self._by_tokens(program, costs, links, plan, limit)
@@ -294,9 +299,10 @@ class OverlapComm(Pass):
             program = cut(program, Batch(plan.batch, plan.parts, plan.along), plan.cut).program
         return reordered(program, plan.order)
 
-    def _limit(self, peak: int, device: Device, groups: Sequence[str]) -> int:
-        """Bytes that the step may take on every rank."""
-        own = resolve_budget(self.memory, peak) or max(peak, device.memory_bytes)
+    def _limit(self, program: Program, peak: int, device: Device, groups: Sequence[str]) -> int:
+        """Bytes that the step may take on every rank; `peak` is what it takes now."""
+        most = 0 if any(map(ops.offloads, program.operators())) else device.memory_bytes
+        own = resolve_budget(self.memory, peak) or max(peak, most)
         return -int(largest(groups, [-own], "the memory")[0])
 
     def _links(self, program: Program, groups: Sequence[str], device: Device) -> dict[str, LinkCosts]:
@@ -388,7 +394,7 @@ def _device_of(nodes: Sequence[fx.Node]) -> torch.device:
 def _timing(start: fx.Node, links: dict[str, LinkCosts]) -> Timing:
     collective, transfer = collective_of(start), ops.transfer_of(start)
     if collective is None or transfer is None:
-        return Timing(HOST_LINK.seconds(put_in_bytes(start)), "roofline")
+        return timing_of(start) or Timing(HOST_LINK.seconds(put_in_bytes(start)), "roofline")
     return links[transfer.group].timing(collective)
 
 

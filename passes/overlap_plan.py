@@ -24,10 +24,9 @@ class OverlapPlan(Plan):
     """The operators in order, the forward before the backward, and what the cost model says of it.
 
     A row of `transfers` has: name of the operator that starts it; what it does; bytes that a rank puts
-    in; seconds; their source ("measured", "fitted", "roofline"); seconds that computing waits for it in
-    the captured order, and in this one; the reason for the latter. No order takes less than
-    `bound_seconds`. Peaks are of the step, operators that overwrite their operands not considered;
-    `memory_bytes` bounds that of this order.
+    in; seconds; their source ("measured", "fitted", "given", "roofline"); seconds that computing waits
+    for it in the captured order, and in this one; the reason for the latter. No order takes less than
+    `bound_seconds`. Peaks are of the step; `memory_bytes` bounds that of this order.
 
     With `parts` > 1 the operators named by `cut` run on so many parts of the `batch` of samples, or of
     tokens where it is cut `along` the "sequence", and `order` and `transfers` are those of the program

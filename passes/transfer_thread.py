@@ -19,12 +19,14 @@ _PROBES = 5
 class Request:
     """One transfer from or to `memory`, which it holds until it is done.
 
-    `failure` says in an error what did not work.
+    `failure` says in an error what did not work. The `bell` of somebody who waits for the first of
+    several is set when it is done.
     """
 
     def __init__(self, memory: Tensor, failure: str) -> None:
         self.memory: Tensor | None = memory
         self.is_wanted, self.is_done = True, threading.Event()
+        self.bell: threading.Event | None = None
         self.error: BaseException | None = None
         self._failure = failure
 
@@ -56,6 +58,8 @@ def serve(requests: "queue.SimpleQueue[R | None]", carry_out: Callable[[R], None
             request.error = error
         request.memory = None  # it may go as soon as somebody has waited
         request.is_done.set()
+        if request.bell is not None:
+            request.bell.set()
         del request  # or its memory would stay until the next one
 
 

@@ -20,8 +20,9 @@ def test_models_and_training(tmp_path_factory: pytest.TempPathFactory) -> None:
     found = found_by("sequence_split_worker", tmp_path_factory.mktemp("ranks"))
     for name, transfers in {"llama": 4, "qwen2": 4, "gpt2": 4, "mixtral": 2, "long": 4}.items():
         check(found[name], transfers)
-    for name, parts in {"training": 2, "shares": 1}.items():
-        for item in (found[f"llama {name}"], found[f"gpt2 {name}"]):
+    every = ("llama", "qwen2", "gpt2", "mixtral")
+    for name, parts, models in (("training", 2, every), ("shares", 1, ("llama", "gpt2"))):
+        for item in (found[f"{model} {name}"] for model in models):
             assert all(item["equal"]) and all(item["nonzero"])
             assert item["same plan"] and item["parts"] == parts
     for name, sums in {"llama": 3, "gpt2": 9}.items():  # gradients of norms, biases and positions

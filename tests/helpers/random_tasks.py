@@ -16,8 +16,13 @@ LINKS = ("link", "other link")
 
 
 @st.composite
-def task_graphs(draw: st.DrawFn, most: int = 7, contention: bool = True) -> TaskGraph:
-    """A graph of up to `most` tasks on up to three channels; every buffer is written by one task."""
+def task_graphs(
+    draw: st.DrawFn, most: int = 7, contention: bool = True, overwriting: bool = True
+) -> TaskGraph:
+    """A graph of up to `most` tasks on up to three channels; every buffer is written by one task.
+
+    With `overwriting` some of what computes may write over what it reads.
+    """
     tasks: list[Task] = []
     count = draw(st.integers(1, most))
     for index in range(count):
@@ -27,7 +32,10 @@ def task_graphs(draw: st.DrawFn, most: int = 7, contention: bool = True) -> Task
         after = tuple(sorted(draw(before)))
         channel = draw(st.sampled_from((COMPUTE, COMPUTE, *LINKS)))
         seconds = draw(st.integers(0, 6)) / 2
-        tasks.append(Task(f"t{index}", channel, seconds, after, after, (index,), draw(st.integers(0, 3))))
+        scratch, over = draw(st.integers(0, 3)), ()
+        if overwriting and channel == COMPUTE and after:
+            over = tuple(draw(st.lists(st.sampled_from(after), unique=True)))
+        tasks.append(Task(f"t{index}", channel, seconds, after, after, (index,), scratch, over))
     sizes = tuple(draw(st.lists(st.integers(0, 9), min_size=count, max_size=count)))
     kept = tuple(draw(st.lists(st.sampled_from(range(count)), unique=True, max_size=2)))
     shares = st.sampled_from((0.0, 0.5, 1.0)) if contention else st.just(0.0)
@@ -84,16 +92,21 @@ def slow_seconds(graph: TaskGraph, order: tuple[int, ...]) -> Fraction:
 
 
 def slow_peak(graph: TaskGraph, order: tuple[int, ...]) -> int:
-    """The most bytes alive at once: at each task, the buffers that exist and are still needed."""
+    """The most bytes alive at once: at each task, the buffers that exist and are still needed.
+
+    The first buffer that a task may write over, and that dies with it, counts for its result.
+    """
     place = {task: i for i, task in enumerate(order)}
     life: dict[int, list[int]] = {}
     for index, task in enumerate(graph.tasks):
         for buffer in (*task.writes, *task.reads):
-            life.setdefault(buffer, []).append(place[index])
+            life.setdefault(buffer, [0] if buffer in graph.alive else []).append(place[index])
     peak = 0
     for moment, task in enumerate(order):
         alive = [b for b, p in life.items() if min(p) <= moment <= max(p)]
         alive += [b for b in graph.kept if min(life[b]) <= moment and b not in alive]
+        dying = [b for b in graph.tasks[task].over if b not in graph.kept and max(life[b]) == moment]
+        alive = [b for b in alive if b not in dying[:1]]
         bytes_now = sum(graph.nbytes[b] for b in alive) + graph.tasks[task].scratch_bytes
         peak = max(peak, bytes_now + graph.base_bytes)
     return peak

@@ -87,15 +87,14 @@ def every(mesh: DeviceMesh) -> dict[str, Any]:
     found["long"] = inference(models["llama"], long, halves)
     found["chosen"] = inference(models["llama"], long, replace(PASS, split=None))
     found["refused"] = inference(models["llama"], text, OverlapComm(links=FREE))
-    for name in ("llama", "gpt2"):
+    for name, model in models.items():
         both = {**text, "labels": ids}
-        plain = step(models[name], [], both)[0]
-        found[f"{name} training"] = compared(models[name], halves, both, plain)
-        for exact in (True, False):
+        model.config.loss_type = "ForCausalLM"
+        plain = step(model, [], both)[0]
+        found[f"{name} training"] = compared(model, halves, both, plain)
+        for exact in (True, False) if name in ("llama", "gpt2") else ():
             shares = replace(PASS, sequence_parallel=True, exact=exact)
-            found[f"{name} {'' if exact else 'partial '}shares"] = compared(
-                models[name], shares, both, plain
-            )
+            found[f"{name} {'' if exact else 'partial '}shares"] = compared(model, shares, both, plain)
     masked = text | {"attention_mask": torch.ones(1, 32, dtype=torch.long)}
     found["masked"] = refusal(lambda: inference(models["llama"], masked, halves))
     torch.set_default_dtype(torch.float64)

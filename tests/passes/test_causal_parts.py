@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from causal_blocks import MixtralBlock, Qwen2Block
 from fake_ranks import fake_mesh
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,7 +23,7 @@ from graphopt.passes.batch_probe import rounded_otherwise
 from graphopt.passes.batch_rules import Batch
 from graphopt.passes.batch_split import Rows, fitting, sequence_of
 from graphopt.passes.overlap_plan import OverlapPlan
-from graphopt.program import Program
+from graphopt.program import Program, Role
 from graphopt.verify import verify
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "causal_parts.txt"
@@ -114,6 +115,32 @@ def test_the_same_bits_of_the_kernel(tokens: int) -> None:
         results(found.program, tokens, torch.float32), results(before, tokens, torch.float32), strict=True
     )
     assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
+
+
+@pytest.mark.parametrize("kind", [Qwen2Block, MixtralBlock])
+def test_training_blocks(kind: Any) -> None:
+    """Loss and gradients on halves of a text are those on the whole, bit for bit."""
+    torch.manual_seed(0)
+    models = [kind() for _ in range(RANKS)]
+    for second, first in zip(models[1].parameters(), models[0].parameters(), strict=True):
+        second.data = first.data.roll(1, 0) if second.dim() > 1 else first.data.clone()
+    x = torch.randn(1, 64, WIDTH)
+    before = graphopt.trace(models[0], {"x": x})
+    plan = planned(before, split=2)
+    assert (plan.along, plan.parts) == ("sequence", 2) and len(plan.cut) > 20
+    after = OverlapComm().apply(before, plan)
+    verify(after, before=before)
+
+    tensors = []
+    for model in models:
+        known = {**dict(model.named_parameters()), "x": x}
+        labels = [i.label for i in before.inputs if i.role is not Role.TANGENT]
+        tensors.append([*(known[label].detach() for label in labels), torch.ones(())])
+    with torch.no_grad():
+        ours, theirs = (run_ranks([p] * RANKS, tensors) for p in (after, before))
+    for mine, whole in zip(ours, theirs, strict=True):
+        assert all(a is b if b is None else torch.equal(a, b) for a, b in zip(mine, whole, strict=True))
+        assert sum(g is not None and bool(g.any()) for g in mine) == 1 + len(list(models[0].parameters()))
 
 
 def test_the_first_part_does_not_wait_for_the_second() -> None:
