@@ -25,11 +25,9 @@ from graphopt.cost_models.devices import (
     Cluster,
     Device,
 )
-from graphopt.cost_models.link_costs import HOST_LINK, LinkCosts, Timing, collective_of, put_in_bytes
+from graphopt.cost_models.link_costs import LinkCosts, collective_of, put_in_bytes
 from graphopt.cost_models.link_probe import measured_links
 from graphopt.cost_models.overlap_run import run_order
-from graphopt.cost_models.program_tasks import NodeSeconds, channel_of, task_graphs
-from graphopt.cost_models.task_graph import COMPUTE, TaskGraph
 from graphopt.cost_models.values import output_tensors
 from graphopt.errors import PlanError
 from graphopt.passes.base import Pass
@@ -41,10 +39,10 @@ from graphopt.passes.capacity_choice import agreed_chunks, best_degree
 from graphopt.passes.capacity_split import CannotChunk, CapacityChunks
 from graphopt.passes.gather_choice import by_worth, fastest, most_kept
 from graphopt.passes.gathered_parameters import gather_rows, gathered_again, gathers_of
-from graphopt.passes.offload_ops import timing_of
 from graphopt.passes.overlap_order import reordered
 from graphopt.passes.overlap_plan import OverlapPlan, in_ms, plan_of, spans_of_step
 from graphopt.passes.overlap_search import GAP, schedule
+from graphopt.passes.overlap_tasks import AgreedTasks, agreed_tasks, line_of
 from graphopt.passes.sequence_parallel import CannotShard, TokenShares
 from graphopt.passes.share_choice import agreed_shares
 from graphopt.program import Program
@@ -126,9 +124,9 @@ class OverlapComm(Pass):
         groups, nodes = groups_of(program), list(program.operators())
         options = (self.memory, self.seed, self.gap, self.split, self.exact, self.links is None)
         more = self.sequence_parallel, self.capacity_split
-        check_same(groups, [repr((*options, *more)), *map(_line, nodes)], "the graphs")
+        check_same(groups, [repr((*options, *more)), *map(line_of, nodes)], "the graphs")
         links = self._links(program, groups, costs.device)
-        tasks = _tasks(program, costs, links)
+        tasks = agreed_tasks(program, costs, links)
         before = [run_order(g, range(len(g.tasks))) for g in tasks.graphs]
         peak = max(run.peak_bytes for run in before)
         limit = self._limit(program, peak, costs.device, groups)
@@ -148,7 +146,7 @@ class OverlapComm(Pass):
         )
 
     def _gathered(
-        self, program: Program, costs: Costs, links: dict[str, LinkCosts], tasks: "_Tasks", limit: int
+        self, program: Program, costs: Costs, links: dict[str, LinkCosts], tasks: AgreedTasks, limit: int
     ) -> OverlapPlan:
         """The plan on the whole batch, with the parameters that are best gathered twice."""
 
@@ -156,7 +154,7 @@ class OverlapComm(Pass):
             if not again:
                 return self._ordered(program, tasks, limit)
             changed = gathered_again(program, again)
-            known = _tasks(changed, costs.with_nodes(changed.graph.nodes), links)
+            known = agreed_tasks(changed, costs.with_nodes(changed.graph.nodes), links)
             return replace(self._ordered(changed, known, limit), again=again)
 
         saved = [gather for gather in gathers_of(program) if gather.is_saved]
@@ -201,7 +199,7 @@ class OverlapComm(Pass):
         """The plan on parts of the batch or the sequence; raises CannotSplit, as all ranks do."""
         groups = groups_of(program)
         found = agreed_cut(program, self.split or 2, groups, along, exact=self.exact)
-        tasks = _tasks(found.program, costs.with_nodes(found.program.graph.nodes), links)
+        tasks = agreed_tasks(found.program, costs.with_nodes(found.program.graph.nodes), links)
         try:
             plan = self._ordered(found.program, tasks, plain.memory_bytes or 0)
         except PlanError as error:
@@ -244,7 +242,7 @@ class OverlapComm(Pass):
             if self.sequence_parallel:
                 raise PlanError(f"sequence_parallel=True: {reason}") from reason
             return plan
-        tasks = _tasks(found.program, costs.with_nodes(found.program.graph.nodes), links)
+        tasks = agreed_tasks(found.program, costs.with_nodes(found.program.graph.nodes), links)
         shared = self._ordered(found.program, tasks, limit)
         said = f"with norms on shares of the tokens predicted are {in_ms(shared.seconds)}"
         if self.sequence_parallel or shared.seconds <= (1 - _SPLIT_GAIN) * plan.seconds:
@@ -258,14 +256,14 @@ class OverlapComm(Pass):
         """The plan with experts on chunks of their capacity where that pays or is asked; or `plan`."""
         groups = groups_of(program)
 
-        def in_chunks(chunks: int) -> _Tasks:
+        def in_chunks(chunks: int) -> AgreedTasks:
             found = agreed_chunks(program, chunks, groups, exact=self.exact).program
-            return _tasks(found, costs.with_nodes(found.graph.nodes), links)
+            return agreed_tasks(found, costs.with_nodes(found.graph.nodes), links)
 
         try:
             chunks = self.capacity_split
             if chunks is None:
-                whole, halves = _tasks(program, costs, links), in_chunks(2)
+                whole, halves = agreed_tasks(program, costs, links), in_chunks(2)
                 chunks = best_degree(program, whole.seconds, halves.seconds)
             if chunks == 1:
                 return plan
@@ -274,13 +272,13 @@ class OverlapComm(Pass):
             if self.capacity_split is not None:
                 raise PlanError(f"capacity_split={self.capacity_split}: {reason}") from reason
             return plan
-        cut = self._ordered(found, _tasks(found, costs.with_nodes(found.graph.nodes), links), limit)
+        cut = self._ordered(found, agreed_tasks(found, costs.with_nodes(found.graph.nodes), links), limit)
         said = f"in {chunks} chunks of the experts' capacity predicted are {in_ms(cut.seconds)}"
         if self.capacity_split or cut.seconds <= (1 - _SPLIT_GAIN) * plan.seconds:
             return replace(cut, chunks=chunks, remark=f"{said}, {in_ms(plan.seconds)} otherwise")
         return plan if plan.parts > 1 else replace(plan, remark=_with(plan.remark, said))
 
-    def _ordered(self, program: Program, tasks: "_Tasks", limit: int) -> OverlapPlan:
+    def _ordered(self, program: Program, tasks: AgreedTasks, limit: int) -> OverlapPlan:
         """The plan for `program` as it is, within `limit` bytes."""
         before = [run_order(g, range(len(g.tasks))) for g in tasks.graphs]
         found = [schedule(g, memory_bytes=limit, seed=self.seed, gap=self.gap) for g in tasks.graphs]
@@ -334,70 +332,5 @@ def _with(remark: str, more: str) -> str:
     return f"{remark}; {more}" if remark else more
 
 
-@dataclass(frozen=True)
-class _Tasks:
-    """The task graphs of forward and backward, the same on all ranks, and what their transfers take."""
-
-    graphs: tuple[TaskGraph, ...]
-    timings: dict[str, Timing]
-
-    @property
-    def seconds(self) -> dict[str, float]:
-        """What each task takes, by name."""
-        return {task.name: task.seconds for graph in self.graphs for task in graph.tasks}
-
-
-def _tasks(program: Program, costs: Costs, links: dict[str, LinkCosts]) -> _Tasks:
-    groups, nodes = groups_of(program), list(program.operators())
-    check_same(groups, [*map(_line, nodes)], "the graphs")
-    timings, seconds = _agreed(nodes, groups, costs, links)
-    graphs = (_agreed_bytes(g, costs, groups) for g in task_graphs(program, seconds))
-    return _Tasks(tuple(graphs), timings)
-
-
-def _agreed(
-    nodes: Sequence[fx.Node], groups: Sequence[str], costs: Costs, links: dict[str, LinkCosts]
-) -> tuple[dict[str, Timing], NodeSeconds]:
-    """What each transfer, and each operator, takes on the slowest rank."""
-    timings = {n.name: _timing(n, links) for n in nodes if channel_of(n) != COMPUTE}
-    own = [timings[n.name].seconds if n.name in timings else _seconds(n, costs) for n in nodes]
-    shares = [links[group].contention for group in groups]
-    numbers = largest(groups, [*own, *shares], "the costs")
-    by_name = {n.name: number for n, number in zip(nodes, numbers, strict=False)}
-    channels = {channel_of(n) for n in nodes if n.name in timings}
-    contention = {f"group {g}": k for g, k in zip(groups, numbers[len(nodes) :], strict=True)}
-    used = {channel: k for channel, k in contention.items() if channel in channels}
-    agreed = {name: Timing(by_name[name], t.source) for name, t in timings.items()}
-    return agreed, NodeSeconds(by_name, costs.workspace_bytes, used)
-
-
-def _agreed_bytes(graph: TaskGraph, costs: Costs, groups: Sequence[str]) -> TaskGraph:
-    """`graph` with the sizes of the rank where they are largest; shards may be uneven."""
-    numbers = [*graph.nbytes, *(t.scratch_bytes for t in graph.tasks)]
-    base = graph.base_bytes + costs.reserved_bytes
-    *found, base = map(int, largest(groups, [*numbers, base], "the sizes"))
-    nbytes, scratch = found[: len(graph.nbytes)], found[len(graph.nbytes) :]
-    pairs = zip(graph.tasks, scratch, strict=True)
-    tasks = tuple(replace(task, scratch_bytes=held) for task, held in pairs)
-    return replace(graph, tasks=tasks, nbytes=tuple(nbytes), base_bytes=base)
-
-
-def _line(node: fx.Node) -> str:
-    """What has to be the same of `node` on all ranks; shapes may differ."""
-    return f"{node.name} = {node.target}({', '.join(n.name for n in node.all_input_nodes)})"
-
-
 def _device_of(nodes: Sequence[fx.Node]) -> torch.device:
     return next(t.device for n in nodes for t in output_tensors(n))
-
-
-def _timing(start: fx.Node, links: dict[str, LinkCosts]) -> Timing:
-    collective, transfer = collective_of(start), ops.transfer_of(start)
-    if collective is None or transfer is None:
-        return timing_of(start) or Timing(HOST_LINK.seconds(put_in_bytes(start)), "roofline")
-    return links[transfer.group].timing(collective)
-
-
-def _seconds(node: fx.Node, costs: Costs) -> float:
-    known = costs.nodes.get(node.name)
-    return 0.0 if known is None else known.seconds
