@@ -42,7 +42,7 @@ def test_commands_options_and_values(script: str, tmp_path: Path) -> None:
     names = {command.name for command in commands_of(parser())}
     assert set(completed(script, "")) == names | {"--help", "--version"}
     assert completed(script, "opt") == ["optimize"]
-    assert completed(script, "report", "--mem") == ["--memory"]
+    assert completed(script, "report", "--mem") == ["--memory", "--memory-snapshot"]
     assert completed(script, "report", "gp", folder=tmp_path) == ["gpt2"]
     assert completed(script, "report", "ne", folder=tmp_path) == ["net.py"]
     assert set(zoo.names()) <= set(completed(script, "verify", "", folder=tmp_path))

@@ -283,8 +283,8 @@ def test_wrong_usage(arguments: list[str], run: Command) -> None:
 
 def test_exit_codes_are_documented(run: Command) -> None:
     out = run("--help")[1]
-    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parent.parent / "docs" / "plans.md").read_text(encoding="utf-8")
     for number, words in enumerate(("asked", "could not", "wrong usage", "differ")):
         (line,) = (line for line in out.splitlines() if line.startswith(f"  {number}  "))
         assert words in line
-    assert "Exit codes" in readme
+    assert "## Exit codes" in page
