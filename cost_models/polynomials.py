@@ -23,7 +23,7 @@ from graphopt.errors import GraphoptError
 
 Whole = NDArray[np.object_]  # arrays of Python integers, which do not overflow
 Sizes = tuple[int, ...]  # one value for each variable
-SPLITS = 5  # how often a box is halved in each direction to find the largest polynomials on it
+SPLITS = 5  # how often a box is halved in each of two directions to find the largest polynomials on it
 
 
 class NotPolynomialError(GraphoptError):
@@ -34,12 +34,31 @@ class NotPolynomialError(GraphoptError):
 class Terms:
     """The monomials of the polynomials of some variables: all products of powers up to `degrees`.
 
+    Where there are `units`, a size is a multiple of its variable's unit, and polynomials are those of how
+    many units it has, so that their coefficients are whole.
+
     >>> Terms(("batch", "seq"), (1, 2)).exponents
     ((0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2))
     """
 
     variables: tuple[str, ...]
     degrees: tuple[int, ...]
+    units: tuple[int, ...] = ()
+
+    def unit(self, place: int) -> int:
+        """The unit of a variable; 1 where any size will do."""
+        return self.units[place] if self.units else 1
+
+    def counts(self, sizes: Sizes) -> Sizes:
+        """How many units each of some sizes has; GraphoptError where one is no multiple.
+
+        >>> Terms(("batch", "hidden"), (1, 2), (1, 16)).counts((5, 64))
+        (5, 4)
+        """
+        for place, (name, size) in enumerate(zip(self.variables, sizes, strict=True)):
+            if size % self.unit(place):
+                raise GraphoptError(f"{name}={size} is not a multiple of {self.unit(place)}")
+        return tuple(size // self.unit(place) for place, size in enumerate(sizes))
 
     @property
     def exponents(self) -> tuple[tuple[int, ...], ...]:
@@ -48,7 +67,8 @@ class Terms:
 
     def at(self, sizes: Sizes) -> Whole:
         """The values of the monomials at some sizes, int[term]."""
-        return np.array([math.prod(map(pow, sizes, e)) for e in self.exponents], dtype=object)
+        counts = self.counts(sizes)
+        return np.array([math.prod(map(pow, counts, e)) for e in self.exponents], dtype=object)
 
     def grid(self, values: Sequence[Sequence[int]]) -> tuple[Sizes, ...]:
         """The sizes that decide the coefficients, of at least as many `values` of each variable."""
@@ -83,14 +103,16 @@ class Terms:
         """
         import sympy
 
-        powers = [math.prod(map(pow, self.symbols(), e)) for e in self.exponents]
+        counts = [symbol / self.unit(place) for place, symbol in enumerate(self.symbols())]
+        powers = [math.prod(map(pow, counts, e)) for e in self.exponents]
         return sympy.Add(*(int(c) * p for c, p in zip(coefficients, powers, strict=True)))
 
     def bernstein(self, box: Sequence[tuple[Fraction, Fraction]]) -> Whole:
         """From coefficients to (positive multiples of) Bernstein coefficients on `box`: [term, term]."""
         whole = np.array([[1]], dtype=object)
-        for degree, (low, high) in zip(self.degrees, box, strict=True):
-            whole = np.kron(whole, _bernstein(degree, low, high))
+        for place, (degree, (low, high)) in enumerate(zip(self.degrees, box, strict=True)):
+            unit = self.unit(place)
+            whole = np.kron(whole, _bernstein(degree, low / unit, high / unit))
         return whole
 
 
@@ -139,7 +161,8 @@ def largest(terms: Terms, coefficients: Whole, box: Sequence[tuple[int, int]]) -
     for column in range(coefficients.shape[1]):
         first.setdefault(tuple(coefficients[:, column]), column)
     whole = [(Fraction(low), Fraction(high)) for low, high in box]
-    return sorted(_largest(terms, coefficients, list(first.values()), whole, SPLITS))
+    splits = min(SPLITS, 2 * SPLITS // max(1, len(box)))  # as many boxes of three variables as of two
+    return sorted(_largest(terms, coefficients, list(first.values()), whole, splits))
 
 
 def _largest(

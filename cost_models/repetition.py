@@ -111,6 +111,8 @@ class _Unrolled:
         before = [i for i, v in enumerate(self.old.values) if v.producer == NO_PRODUCER]
         now = [old for old in self.like if self.old.values[old].producer == NO_PRODUCER]
         static = flow.static - flow.bytes_of(before) + flow.bytes_of(now)
+        if self.more_static and flow.has_width:
+            raise GraphoptError(f"{NOT_ALIKE}: what each holds elsewhere is known at one width only")
         static[flow.constant] += self.added * self.more_static
         return static
 

@@ -1,4 +1,4 @@
-"""Costs of a step for every batch and sequence length: the numbers of a dataflow as polynomials.
+"""Costs of a step for every batch, sequence length and width: the numbers of a dataflow as polynomials.
 
 The same model at two sizes is captured as the same operators on the same storages; only numbers differ
 (a batch of one is an exception: copies become views there). So the step is captured at a few sizes,
@@ -28,7 +28,6 @@ from graphopt.cost_models.training_state import State
 from graphopt.errors import GraphoptError
 from graphopt.program import Program, Role
 
-VARIABLES = ("batch", "seq")
 NOTHING = Load(0, 0, (), (), 0, torch.float32)
 
 
@@ -183,6 +182,7 @@ class SymbolicFlow:
         for name, size, (low, high) in zip(self.terms.variables, sizes, self.ranges, strict=True):
             if not low <= size <= high:
                 raise GraphoptError(f"{name}={size} is outside of {low} to {high}")
+        self.terms.counts(sizes)
 
     def _flow(self, numbers: list[int], seconds: Sequence[float] | None) -> Dataflow:
         flow, which = self.structure, self.columns
@@ -231,13 +231,29 @@ class SymbolicFlow:
         return self.terms.exponents.index((0,) * len(self.terms.variables))
 
     @cached_property
-    def state(self) -> State:
+    def states(self) -> tuple[State, ...]:
+        """For each monomial, coefficients of the bytes of the parameters and of their gradients.
+
+        The number of tensors, and the largest unit that is sharded, are with the monomial 1. Where
+        weights depend on no size, the others are nothing.
+        """
+        return tuple(self._state(row, index == self.constant) for index, row in enumerate(self.numbers))
+
+    def state_at(self, sizes: Sizes) -> State:
         """Bytes of the parameters, of their gradients, and of the largest unit that is sharded."""
-        one = self.constant
-        own = [int(self.numbers[one, v]) for v in self.trained]
-        weights = [int(self.numbers[one, v]) for v in self.sample.parameters]
-        facts = max(own, default=0), len(own), self.unit_bytes or max(weights, default=0), self.itemsize
-        return State(sum(weights), sum(own), *facts)
+        return self._state(self.terms.at(sizes).dot(self.numbers), True)
+
+    def _state(self, numbers: Whole, whole: bool) -> State:
+        own = [int(numbers[v]) for v in self.trained]
+        weights = [int(numbers[v]) for v in self.sample.parameters]
+        tensors, unit = (len(own), self.unit_bytes or max(weights, default=0)) if whole else (0, 0)
+        return State(sum(weights), sum(own), max(own, default=0), tensors, unit, self.itemsize)
+
+    @cached_property
+    def has_width(self) -> bool:
+        """Whether the bytes of the parameters depend on a size."""
+        parameters = self.numbers[:, sorted(self.sample.parameters)]
+        return bool(np.delete(parameters, self.constant, axis=0).any())
 
     @cached_property
     def trained(self) -> tuple[int, ...]:
@@ -263,23 +279,25 @@ def symbolic_flow(
     samples = [capture(p) for p in points]
     first = samples[0]
     for point, sample in zip(points, samples, strict=True):
-        _compare_structure(first, points[0], sample, point)
+        _compare_structure(terms, first, points[0], sample, point)
     numbers = terms.solve(points, np.stack([s.numbers for s in samples]))
     found = SymbolicFlow(terms, tuple(ranges), first, numbers, tuple(further))
     for point in further:
         sample = capture(point)
-        _compare_structure(first, points[0], sample, point)
+        _compare_structure(terms, first, points[0], sample, point)
         _compare_numbers(found, sample, point)
     return found
 
 
-def _compare_structure(first: Sample, at: Sizes, other: Sample, point: Sizes) -> None:
+def _compare_structure(terms: Terms, first: Sample, at: Sizes, other: Sample, point: Sizes) -> None:
     if first.structure == other.structure:
         return
     pairs = zip(first.structure[0], other.structure[0], strict=False)
     unlike = next((a.name for a, b in pairs if a != b), "its end")
     where = f"from {unlike} on"
-    raise GraphoptError(f"the step at {_named(point)} is not the one at {_named(at)}, {where}")
+    raise GraphoptError(
+        f"the step at {_named(terms, point)} is not the one at {_named(terms, at)}, {where}"
+    )
 
 
 def _compare_numbers(found: SymbolicFlow, sample: Sample, point: Sizes) -> None:
@@ -288,10 +306,11 @@ def _compare_numbers(found: SymbolicFlow, sample: Sample, point: Sizes) -> None:
     if len(wrong):
         place = int(wrong[0])
         raise NotPolynomialError(
-            f"{found.columns.named(sample, place)} is {sample.numbers[place]} at {_named(point)}; a "
+            f"{found.columns.named(sample, place)} is {sample.numbers[place]} at "
+            f"{_named(found.terms, point)}; a "
             f"polynomial of degrees {found.terms.degrees} through other sizes says {predicted[place]}"
         )
 
 
-def _named(sizes: Sizes) -> str:
-    return ", ".join(f"{name}={size}" for name, size in zip(VARIABLES, sizes, strict=False))
+def _named(terms: Terms, sizes: Sizes) -> str:
+    return ", ".join(f"{name}={size}" for name, size in zip(terms.variables, sizes, strict=True))

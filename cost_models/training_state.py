@@ -104,6 +104,11 @@ class TrainingSetup:
         largest = state.largest_bytes * (MASTER_BYTES if self.master_weights else state.itemsize)
         return temporaries * self._divided(largest // state.itemsize, 1)
 
+    @property
+    def divides(self) -> bool:
+        """Whether a device has only a part of the weights, or of what training holds for them."""
+        return self._model_ranks > 1 or self._shards(1)
+
     def _shards(self, stage: int) -> bool:
         return self.zero >= stage and self.data > 1
 

@@ -88,8 +88,9 @@ def peak_formula(
     model: str | nn.Module,
     *,
     seqs: tuple[int, int] = (64, 1024),
+    widths: tuple[int, int] | None = None,
     passes: Sequence[Pass] = (),
-    at: tuple[int, int] | None = None,
+    at: tuple[int, ...] | None = None,
     inputs: Callable[..., Examples] | None = None,
     device: str | Device | None = None,
     setup: TrainingSetup | None = None,
@@ -98,8 +99,14 @@ def peak_formula(
     """The peak of a training step, in bytes, as a formula of batch and sequence length.
 
     The sequences `seqs`, shortest and longest, are captured; the formula holds from the shortest to the
-    longest that the model takes. `passes` decide at the batch and sequence `at` (by default 8 and the
-    longest captured) and their decisions hold at all sizes. The other arguments are those of `fit`.
+    longest that the model takes. Two equal ones fix the sequence: a formula of the other sizes. `passes`
+    decide at the batch and sequence `at` (by default 8 and the longest captured) and their decisions hold
+    at all sizes. The other arguments are those of `fit`.
+
+    With `widths`, the smallest and the largest hidden size, it is a formula of the hidden size, too,
+    within these, and `at` has one (by default the largest). Causal and masked language models of the zoo
+    grow by whole heads of one size, their key-value heads and feed-forward layers in proportion;
+    hidden sizes in between are refused, and so are setups that divide weights.
 
     >>> import torch
     >>> net = torch.nn.Linear(8, 4)
@@ -113,9 +120,12 @@ def peak_formula(
     bytes at the peak, the largest of:
       80*batch*seq + 152   (backward, mse_loss_backward)
     """
-    chosen = sized_model(model, inputs, **of_model)
+    chosen = sized_model(model, inputs, widths=widths, **of_model)
     fitting = Fitting(chosen, _device(device, model), setup or TrainingSetup())
-    return fitting.step(seqs, tuple(passes), at or (8, seqs[1])).formula(fitting.setup)
+    sizes = at or (8, seqs[1])
+    if chosen.width is not None and len(sizes) < len(chosen.variables):
+        sizes = (*sizes, chosen.width.high)
+    return fitting.step(seqs, tuple(passes), sizes).formula(fitting.setup)
 
 
 class Fitting:
@@ -274,7 +284,12 @@ class Fitting:
         before, recomputes = _split(passes)
         sizes = at[: len(self.model.variables)]
         reference = dict(zip(self.model.variables, sizes, strict=True))
-        flow = self.flow({}, {**LEAST, "seq": seqs[0]}, before, reference, seqs[1])
+        fixed: dict[str, int] = {}
+        if "seq" in reference and seqs[0] == seqs[1]:
+            fixed = {"seq": seqs[0]}
+            reference |= fixed
+            sizes = tuple(n for v, n in reference.items() if v not in fixed)
+        flow = self.flow(fixed, {**LEAST, "seq": seqs[0]}, before, reference, seqs[1])
         return self.planned(flow, *sizes)[0] if recomputes else SymbolicStep.of(flow)
 
     def flow(

@@ -29,6 +29,7 @@ from graphopt.program import Program
 from graphopt.runtime import Log, reserved_bytes
 from graphopt.tangents import unlikely_tangents, without_gradients
 from graphopt.tracing import Examples
+from graphopt.width import Width, width_of
 
 SHALLOW = 3  # layers that are captured of a deep model: the least that can be repeated
 MOST = 2**16  # the largest batch, and the largest sequence of a model without a longest, of a formula
@@ -42,7 +43,8 @@ _LONGEST = ("n_positions", "max_position_embeddings", "max_target_positions")
 class SizedModel:
     """`load(batch=, seq=, layers=)` gives the model with inputs of those sizes; `layers` may be absent.
 
-    `variables` are those of "batch" and "seq" that its inputs have. `layers` is the number of layers of
+    `variables` are those of "batch" and "seq" that its inputs have, and "hidden", which is loaded like
+    them, where the model is had at several widths: those of `width`. `layers` is the number of layers of
     the whole model where a shallower one can be loaded, `longest` its longest sequence, if it has one.
     """
 
@@ -51,6 +53,7 @@ class SizedModel:
     variables: tuple[str, ...] = ("batch", "seq")
     layers: int | None = None
     longest: int | None = None
+    width: Width | None = None
 
 
 def sized_model(
@@ -61,18 +64,22 @@ def sized_model(
     overrides: Mapping[str, zoo.Value] | None = None,
     dtype: torch.dtype | None = None,
     loss: Callable[..., torch.Tensor] | None = None,
+    widths: tuple[int, int] | None = None,
 ) -> SizedModel:
     """A zoo name, `file.py:factory`, or a module with `inputs(batch, seq)`, at any sizes.
 
     A factory is called with `batch` and `seq` and returns a module and its inputs. `inputs` may take the
-    batch only. With `loss`, inputs are a pair: what the module is called with, and the target.
+    batch only. With `loss`, inputs are a pair: what the module is called with, and the target. With
+    `widths`, smallest and largest, the hidden size of a zoo model is a further size.
     """
+    if widths is not None and (isinstance(model, nn.Module) or ".py:" in model):
+        raise GraphoptError("widths= is for models of the zoo: of others, which sizes grow is not known")
     if isinstance(model, nn.Module):
         if inputs is None:
             raise GraphoptError("of a module, give inputs=: a function of batch and seq that makes them")
         return _of_module(model, inputs, loss)
     if model in zoo.ENTRIES:
-        return _of_zoo(model, size, dict(overrides or {}), dtype)
+        return _of_zoo(model, size, dict(overrides or {}), dtype, widths)
     if ".py:" not in model:
         zoo.entry_of(model)
 
@@ -110,7 +117,11 @@ class _WithLoss(nn.Module):
 
 
 def _of_zoo(
-    name: str, size: zoo.Size | None, overrides: dict[str, zoo.Value], dtype: torch.dtype | None
+    name: str,
+    size: zoo.Size | None,
+    overrides: dict[str, zoo.Value],
+    dtype: torch.dtype | None,
+    widths: tuple[int, int] | None,
 ) -> SizedModel:
     entry = zoo.entry_of(name)
 
@@ -121,18 +132,23 @@ def _of_zoo(
             changed["num_hidden_layers"] = sizes["layers"]
         if "resolution" in sizes:
             changed["image_size"] = sizes["resolution"]
+        if width is not None and "hidden" in sizes:
+            changed |= width.overrides(sizes["hidden"])
         own = {k: sizes[k] for k in ("batch", "seq") if k in sizes}
         return load_model(name, size=size, overrides=changed, dtype=dtype, device="meta", **own)
 
     layer_names = ("num_hidden_layers", "n_layer")
+    width: Width | None = None
     config: Any = load().model.config
+    width = None if widths is None else width_of(name, config, widths)
     limits = [getattr(config, key, None) for key in _LONGEST]
     longest = min((x for x in limits if x), default=None)
     if hasattr(config, "rope_parameters"):
         longest = None
     variables = ("batch",) if entry.family == "image" else ("batch", "seq")
+    variables = variables if width is None else (*variables, "hidden")
     layers = getattr(config, "num_hidden_layers", None) if entry.family in _STACKED else None
-    return SizedModel(name, load, variables, layers, longest)
+    return SizedModel(name, load, variables, layers, longest, width)
 
 
 _STACKED = ("causal-lm", "masked-lm", "image")  # families with at most one stack of layers
@@ -204,8 +220,10 @@ class Captures:
         """The symbolic step, of the variables that are not `fixed`, with the decisions of `steps`.
 
         `low` are the smallest sizes that it is for, of batch and seq; `high` is the longest sequence that
-        is captured, by default at least `CAPTURED_SEQ`.
+        is captured, by default at least `CAPTURED_SEQ`. A hidden size is within the model's widths.
         """
+        if self.model.width is not None:
+            low = {**low, "hidden": self.model.width.low}
         if "batch" in fixed or "batch" not in self.model.variables:
             return self._deep(fixed, low, steps, high)
         for factor in STARTS[:-1]:  # scratch of convolutions, for one, grows in its own way at first
@@ -264,12 +282,19 @@ class Captures:
         choices = {"batch": (batch, batch + 1, batch + 3), "seq": (seq, end, inner)}
         further = {"batch": (batch + 1, 16 * batch + 7), "seq": (inner, (2 * seq + end) // 3)}
         ranges = {"batch": (batch, MOST), "seq": (seq, max(end, longest))}
+        width = self.model.width
+        units: tuple[int, ...] = ()
+        if width is not None and "hidden" in variables:
+            choices["hidden"] = (width.low, width.high, width.between(1, 2))
+            further["hidden"] = (width.between(1, 3), width.between(2, 3))
+            ranges["hidden"] = (width.low, width.high)
+            units = tuple(width.unit if v == "hidden" else 1 for v in variables)
 
         def capture(sizes: Sizes) -> Sample:
             return self.sample({**dict(zip(variables, sizes, strict=True)), **fixed}, steps)
 
         def found(degrees: Mapping[str, int]) -> SymbolicFlow:
-            terms = Terms(variables, tuple(degrees[v] for v in variables))
+            terms = Terms(variables, tuple(degrees[v] for v in variables), units)
             values = [choices[v] for v in variables]
             grid = terms.grid(values)
             points = zip(*(further[v] for v in variables), strict=True) if variables else ()
@@ -285,6 +310,8 @@ class Captures:
 
     def _with_units(self, flow: SymbolicFlow, fixed: Mapping[str, int]) -> SymbolicFlow:
         least = {v: 2 for v in self.model.variables}
+        if self.model.width is not None:
+            least["hidden"] = self.model.width.low
         model = self.model.load(**{**least, **fixed}).model
         own = {n: p for n, p in model.named_parameters()}
         lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
@@ -294,9 +321,9 @@ class Captures:
 
 
 DEGREES: tuple[dict[str, int], ...] = (
-    {"batch": 1, "seq": 1},
-    {"batch": 1, "seq": 2},
-    {"batch": 2, "seq": 2},
+    {"batch": 1, "seq": 1, "hidden": 2},
+    {"batch": 1, "seq": 2, "hidden": 2},
+    {"batch": 2, "seq": 2, "hidden": 2},
 )
 
 

@@ -1,4 +1,4 @@
-"""The peak of a step as a formula of batch and sequence length, for the plan at hand.
+"""The peak of a step as a formula of batch, sequence length and hidden size, for the plan at hand.
 
 Which values are alive while an operator runs depends on the plan, not on sizes. So the bytes alive are a
 polynomial at each position of the step, and the peak is the maximum of these: exact, and short, since
@@ -19,7 +19,7 @@ from graphopt.cost_models.devices import Device
 from graphopt.cost_models.memory import Dataflow
 from graphopt.cost_models.polynomials import Sizes, Terms, Whole, largest
 from graphopt.cost_models.symbolic import NOTHING, SymbolicFlow
-from graphopt.cost_models.training_state import ALONE, State, TrainingSetup
+from graphopt.cost_models.training_state import ALONE, TrainingSetup
 from graphopt.errors import GraphoptError
 from graphopt.passes.chain_solver import Choice
 from graphopt.passes.checkpoint import CheckpointPlan, choice_of
@@ -62,6 +62,9 @@ class PeakFormula:
     @cached_property
     def compiled(self) -> Callable[..., int]:
         """A function of the sizes, some microseconds a call, exact for Python integers."""
+        if self.terms.units:
+            terms, counted = self.terms, replace(self, terms=replace(self.terms, units=())).compiled
+            return lambda *sizes: counted(*terms.counts(sizes))
         import sympy
 
         symbols = self.terms.symbols()
@@ -73,7 +76,7 @@ class PeakFormula:
         return lambda *sizes: -(-max(largest_of(*sizes)) // scale)
 
     def at(self, *sizes: int) -> int:
-        """The peak in bytes; GraphoptError for sizes outside of the ranges."""
+        """The peak in bytes; GraphoptError for sizes outside of the ranges, or no multiples of a unit."""
         for name, size, (low, high) in zip(self.terms.variables, sizes, self.ranges, strict=True):
             if not low <= size <= high:
                 raise GraphoptError(f"{name}={size} is outside of the {low} to {high} of this formula")
@@ -91,10 +94,10 @@ class PeakFormula:
         fit; the end of the range where that fits.
         """
         place = self.terms.variables.index(variable)
-        low, high = self.ranges[place]
+        low, high, unit = self._counted(place)
 
-        def fits(size: int) -> bool:
-            return self.at(*others[:place], size, *others[place:]) <= memory_bytes
+        def fits(count: int) -> bool:
+            return self.at(*others[:place], count * unit, *others[place:]) <= memory_bytes
 
         self._check_rising(place, others)
         if not fits(low):
@@ -102,11 +105,16 @@ class PeakFormula:
         while low < high:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if fits(middle) else (low, middle - 1)
-        return low
+        return low * unit
+
+    def _counted(self, place: int) -> tuple[int, int, int]:
+        """The range of a variable in units, and its unit."""
+        (low, high), unit = self.ranges[place], self.terms.unit(place)
+        return low // unit, high // unit, unit
 
     def _check_rising(self, place: int, others: Sizes) -> None:
         """Raise GraphoptError where the peak might fall as the size rises: a bisection needs that not."""
-        low, _ = self.ranges[place]
+        low, _, _ = self._counted(place)
         for piece in self.pieces:
             found = self._along(piece, place, others)
             rises = all(
@@ -118,11 +126,16 @@ class PeakFormula:
                 raise GraphoptError(f"the peak at {piece.operator} falls as {name} rises")
 
     def _along(self, piece: Piece, place: int, others: Sizes) -> list[int]:
-        """Coefficients of `piece` in the powers of one variable, where the others have these sizes."""
+        """Coefficients of `piece` in the powers of one variable, where the others have these sizes.
+
+        They are those of how many units the variable has.
+        """
         found = [0] * (self.terms.degrees[place] + 1)
+        known = self.terms.counts((*others[:place], 0, *others[place:]))
+        counts = known[:place] + known[place + 1 :]
         for exponents, c in zip(self.terms.exponents, piece.coefficients, strict=True):
             rest = exponents[:place] + exponents[place + 1 :]
-            found[exponents[place]] += c * math.prod(map(pow, others, rest))
+            found[exponents[place]] += c * math.prod(map(pow, counts, rest))
         return found
 
     def piecewise(self, variable: str, others: Sizes = ()) -> Any:
@@ -130,22 +143,25 @@ class PeakFormula:
         import sympy
 
         place = self.terms.variables.index(variable)
-        symbol, (low, high) = self.terms.symbols()[place], self.ranges[place]
+        symbol, (low, high, unit) = self.terms.symbols()[place], self._counted(place)
         lines = [self._along(p, place, others) for p in self.pieces]
         parts, start = [], low
         while start <= high:
             line = max(lines, key=lambda c: (_value(c, start), _value(c, start + 1)))
             ends = (_first_above([a - b for a, b in zip(o, line, strict=True)], start) for o in lines)
             end = min((e - 1 for e in ends if e is not None and e <= high), default=high)
-            value = sympy.Add(*(c * symbol**i for i, c in enumerate(line))) / self.scale
-            parts.append((value if self.scale == 1 else sympy.ceiling(value), symbol <= end))
+            value = sympy.Add(*(c * (symbol / unit) ** i for i, c in enumerate(line))) / self.scale
+            parts.append((value if self.scale == 1 else sympy.ceiling(value), symbol <= end * unit))
             start = end + 1
         return sympy.Piecewise(*parts)
 
     def __str__(self) -> str:
         found = [(self.terms.expression(p.coefficients), p) for p in self.pieces]
         lines = [f"  {expression}   ({p.half}, {p.operator})" for expression, p in found]
-        head = "bytes at the peak, the largest of" + ("" if self.scale == 1 else f", over {self.scale}")
+        units = zip(self.terms.variables, self.terms.units, strict=False)
+        multiples = "".join(f", {name} a multiple of {unit}" for name, unit in units if unit > 1)
+        over = "" if self.scale == 1 else f", over {self.scale}"
+        head = f"bytes at the peak{multiples}, the largest of{over}"
         return "\n".join([f"{head}:", *lines])
 
 
@@ -170,9 +186,9 @@ def _first_above(difference: Sequence[int], start: int) -> int | None:
 class SymbolicStep:
     """A step under one plan: bytes alive at each position as polynomials, by what they are.
 
-    `activations` int[term, position] has all that the step makes but gradients, `gradients` int[position]
-    the bytes of gradients, `names` the operator and the half of the step. Static bytes are those of the
-    parameters, in `state`, and `inputs`, int[term]. `runs` is how often each operator runs.
+    `activations` has all that the step makes but gradients, `gradients` the bytes of these, each
+    int[term, position]; `names` are the operator and the half of the step. Static bytes are those of the
+    parameters, in the states of `flow`, and `inputs`, int[term]. `runs` is how often each operator runs.
     """
 
     flow: SymbolicFlow
@@ -180,7 +196,6 @@ class SymbolicStep:
     gradients: Whole
     names: tuple[tuple[str, str], ...]
     inputs: Whole
-    state: State
     runs: tuple[int, ...]
 
     @staticmethod
@@ -196,13 +211,17 @@ class SymbolicStep:
         plain = step_of(flow.structure, choice)
         halves = (("forward", plain.forward), ("backward", plain.backward))
         places = [(s.operator, half) for half, timeline in halves for s in timeline.steps]
-        operators, constant = flow.structure.operators, flow.constant
+        operators = flow.structure.operators
         nothing = [0] * len(places)
         parts = zip(flow.flows, flow.numbers, strict=True)
         lines = [_during(part, choice) if any(numbers) else nothing for part, numbers in parts]
         total = np.array(lines, dtype=object)
-        gradients = np.array(_during(_only_gradients(flow), choice), dtype=object)
-        total[constant] = total[constant] - gradients
+        lines = [
+            _during(_only_gradients(flow, part), choice) if numbers[list(flow.trained)].any() else nothing
+            for part, numbers in zip(flow.flows, flow.numbers, strict=True)
+        ]
+        gradients = np.array(lines, dtype=object)
+        total = total - gradients
         runs = Counter(operator for operator, _ in places)
         return SymbolicStep(
             flow,
@@ -210,7 +229,6 @@ class SymbolicStep:
             gradients,
             tuple((operators[i].name, half) for i, half in places),
             flow.static - flow.bytes_of(sorted(flow.sample.parameters)),
-            flow.state,
             tuple(runs[i] for i in range(len(operators))),
         )
 
@@ -224,33 +242,55 @@ class SymbolicStep:
     def _columns(self, setup: TrainingSetup) -> tuple[Whole, list[tuple[str, str]]]:
         """All bytes at each position, times the tensor degree: int[term, position], and its name.
 
-        Where there is an optimizer, its update is the last position.
+        Where there is an optimizer, its updates are the last positions.
         """
-        scale, constant = setup.tensor, self.flow.constant
+        scale, states = setup.tensor, self.flow.states
+        if self.flow.has_width and setup.divides:
+            raise GraphoptError(
+                "where the hidden size is a variable, weights are those of one device: what ZeRO, tensor "
+                "parallelism and pipelines leave of them is rounded up, no polynomial"
+            )
         columns = self.activations + scale * self.inputs[:, None]
-        fixed = setup.held_bytes(self.state)
-        live = [fixed + setup.gradient_bytes(self.state, int(g)) for g in self.gradients]
-        columns[constant] = columns[constant] + scale * np.array(live, dtype=object)
+        for index, (state, row) in enumerate(zip(states, self.gradients, strict=True)):
+            fixed = setup.held_bytes(state)
+            live = [fixed + setup.gradient_bytes(state, int(g)) for g in row]
+            columns[index] = columns[index] + scale * np.array(live, dtype=object)
         if setup.optimizer == "none":
             return columns, list(self.names)
-        update = scale * self.inputs
-        whole = setup.gradient_bytes(self.state, self.state.gradient_bytes)  # now all are there
-        update[constant] += scale * (fixed + whole + setup.update_bytes(self.state))
-        return np.column_stack([columns, update]), [*self.names, ("optimizer", "update")]
+        updates = self._updates(setup)
+        names = [*self.names, *(("optimizer", "update") for _ in updates.T)]
+        return np.column_stack([columns, updates]), names
+
+    def _updates(self, setup: TrainingSetup) -> Whole:
+        """All bytes while the optimizer works, times the tensor degree: int[term, parameter].
+
+        One column for each parameter's size: which one is the largest depends on the width.
+        """
+        flow = self.flow
+        sizes = dict.fromkeys(tuple(int(x) for x in flow.numbers[:, v]) for v in flow.trained)
+        columns = []
+        for each in sizes or [(0,) * len(flow.states)]:
+            parts = []
+            for state, nbytes in zip(flow.states, each, strict=True):
+                whole = setup.gradient_bytes(state, state.gradient_bytes)  # now all are there
+                update = setup.update_bytes(replace(state, largest_bytes=nbytes))
+                parts.append(setup.held_bytes(state) + whole + update)
+            columns.append(setup.tensor * (self.inputs + np.array(parts, dtype=object)))
+        return np.column_stack(columns)
 
     def parts(self, sizes: Sizes, setup: TrainingSetup = ALONE) -> dict[str, int]:
         """What the bytes at the peak are: weights, gradients, optimizer, inputs, and activations."""
         columns, _ = self._columns(setup)
-        powers = self.flow.terms.at(sizes)
+        powers, state = self.flow.terms.at(sizes), self.flow.state_at(sizes)
         values = powers.dot(columns)
         place = int(np.argmax(values))
-        is_update = place == len(self.names)
-        live = self.state.gradient_bytes if is_update else int(self.gradients[place])
-        optimizer = setup.optimizer_bytes(self.state)
+        is_update = place >= len(self.names)
+        live = state.gradient_bytes if is_update else int(powers.dot(self.gradients[:, place]))
+        optimizer = setup.optimizer_bytes(state)
         found = {
-            "weights": setup.held_bytes(self.state) - optimizer,
-            "gradients": setup.gradient_bytes(self.state, live),
-            "optimizer": optimizer + (setup.update_bytes(self.state) if is_update else 0),
+            "weights": setup.held_bytes(state) - optimizer,
+            "gradients": setup.gradient_bytes(state, live),
+            "optimizer": optimizer + (setup.update_bytes(state) if is_update else 0),
             "inputs": int(powers.dot(self.inputs)),
         }
         rest = -(-int(values[place]) // setup.tensor) - sum(found.values())
@@ -269,9 +309,9 @@ def _during(flow: Dataflow, choice: Choice) -> list[int]:
     return [*step.forward.during, *step.backward.during]
 
 
-def _only_gradients(flow: SymbolicFlow) -> Dataflow:
-    """The constant part of the flow in which nothing but returned gradients takes memory."""
-    part, trained = flow.flows[flow.constant], set(flow.trained)
+def _only_gradients(flow: SymbolicFlow, part: Dataflow) -> Dataflow:
+    """One of the flow's parts, in which nothing but returned gradients takes memory."""
+    trained = set(flow.trained)
     values = tuple(v if i in trained else replace(v, nbytes=0) for i, v in enumerate(part.values))
     operators = tuple(replace(o, workspace_bytes=0) for o in part.operators)
     return replace(part, values=values, operators=operators, static_bytes=0)

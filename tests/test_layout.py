@@ -49,7 +49,7 @@ MODULE_FLOORS = {
     **dict.fromkeys(["deepened", "mesh", "mesh_command", "mesh_facts", "mesh_report", "traces"], 4),
     **dict.fromkeys(["html_figures", "html_modules", "html_page", "html_roofline", "html_tables"], 4),
     **dict.fromkeys(["html_memory", "html_words"], 4),
-    **dict.fromkeys(["batch_plan", "fit_answer", "fit_command", "fitting", "sized_model"], 4),
+    **dict.fromkeys(["batch_plan", "fit_answer", "fit_command", "fitting", "sized_model", "width"], 4),
     **dict.fromkeys(["distributed", "pipeline_transfers", "pipelining"], 4),
     **dict.fromkeys(
         ["lane", "pipeline_vocabulary", "stage_modules", "vocab_sweeps", "vocabulary_passes"], 4
