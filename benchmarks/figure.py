@@ -26,7 +26,7 @@ def style_of(point: dict[str, Any]) -> tuple[str, str, str]:
 
 
 def draw(axes: Any, name: str, data: dict[str, Any]) -> None:
-    """One model: every point, and our points joined."""
+    """One model: every point, and those of ours joined that no other of ours is below."""
     seen: set[str] = set()
     line = []
     for point in data["points"]:
@@ -42,7 +42,8 @@ def draw(axes: Any, name: str, data: dict[str, Any]) -> None:
         seen.add(text)
         if point["kind"] == "graphopt":
             line.append((x, y))
-    axes.plot(*zip(*sorted(line), strict=True), "-", color=STYLES["graphopt"][1], linewidth=1)
+    front = [(x, y) for x, y in sorted(line) if not any(a <= x and b < y for a, b in line)]
+    axes.plot(*zip(*front, strict=True), "-", color=STYLES["graphopt"][1], linewidth=1)
     axes.set_title(name)
     axes.set_xlabel("peak above parameters and inputs (MB)")
     axes.set_ylabel("recomputed FLOPs (% of a step)")
