@@ -35,6 +35,14 @@ higher_order = torch.ops.higher_order
 RESULTS = Path(__file__).parent / "results"
 THREADS = 2
 MB = 1e6
+LLAMA_70B = {  # Grattafiori et al., "The Llama 3 Herd of Models", arXiv 2407.21783, table 3
+    "num_hidden_layers": 80,
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+}
 
 
 @dataclass(frozen=True)

@@ -15,16 +15,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from harness import note, table, write
+from harness import LLAMA_70B, note, table, write
 
-SIZES = {  # Grattafiori et al., "The Llama 3 Herd of Models", arXiv 2407.21783, table 3
-    "num_hidden_layers": 80,
-    "hidden_size": 8192,
-    "intermediate_size": 28672,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-}
 STEP = ["--device", "h100", "--batch", "1", "--seq", "4096", "--dtype", "bfloat16"]
 CASES: dict[str, list[str]] = {
     "tp=8": ["--mesh", "tp=8"],
@@ -34,7 +26,7 @@ CASES: dict[str, list[str]] = {
 
 def measured(arguments: list[str]) -> dict[str, Any]:
     """One run of the command: seconds, the most resident memory, and what the report says."""
-    sizes = ",".join(f"{key}={value}" for key, value in SIZES.items())
+    sizes = ",".join(f"{key}={value}" for key, value in LLAMA_70B.items())
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "report.json")
         command = [sys.executable, "-m", "graphopt", "report", "llama", "--set", sizes]

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from harness import Size, build, fresh, note, peak_of, replaced, setup, stored, table, write
+from harness import LLAMA_70B, Size, build, fresh, note, peak_of, replaced, setup, stored, table, write
 
 import graphopt
 from graphopt.cost_models.devices import GiB, get_device, parse_bytes
@@ -35,14 +35,6 @@ LONGEST = 128  # positions of the small GPT-2 and BERT
 EVALUATIONS = 20_000
 BUDGET, SEQ = "24MiB", 64
 DEVICE = get_device("cpu-generic")
-LLAMA_70B = {  # Grattafiori et al., "The Llama 3 Herd of Models", arXiv 2407.21783, table 3
-    "num_hidden_layers": 80,
-    "hidden_size": 8192,
-    "intermediate_size": 28672,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-}
 
 
 def microseconds(formula: PeakFormula, sizes: tuple[int, ...]) -> float:

@@ -1,6 +1,7 @@
 """What commands that look at a model's step share: the options, the model they name and its capture."""
 
 import argparse
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from graphopt.passes.budget import Budget
     from graphopt.plan_file import PlanFile
     from graphopt.program import Program
+    from graphopt.report import Report
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 _BUDGET = "bytes, a size (6GiB), a share of the plain peak (0.5), or min"
@@ -36,6 +38,15 @@ def add_step_arguments(command: argparse.ArgumentParser) -> None:
     budgets.add_argument("--inference", action="store_true", help="forward only, nothing is kept")
     add = command.add_argument
     add("--device", default="cpu", help="whose costs count: a name, or cpu for this machine")
+
+
+def add_run_arguments(command: argparse.ArgumentParser) -> None:
+    """The model's step, and its passes or a file of their plans."""
+    add_model_arguments(command)
+    add_step_arguments(command)
+    add_passes_argument(command)
+    help_ = "of graphopt plan, carried out instead of planning"
+    command.add_argument("--plan", metavar="FILE", help=help_)
 
 
 def add_passes_argument(command: argparse.ArgumentParser) -> None:
@@ -185,3 +196,34 @@ def traced_program(loaded: "LoadedModel", options: argparse.Namespace) -> "Progr
             f"{loaded.name} has no backward, so nothing is kept that a budget could bound"
         )
     return program
+
+
+def analysed_step(
+    options: argparse.Namespace,
+    passes_for: "Callable[[Program], Sequence[Pass]]",
+    streams_blocks: bool = False,
+) -> "Report":
+    """The report on the model's step after the passes for it; the model never runs.
+
+    With `streams_blocks` blocks of a training step may be streamed, as `analyse` has it.
+    """
+    import time
+    import warnings
+
+    from graphopt.analysis import analyse
+    from graphopt.cost_models.devices import get_device
+    from graphopt.terminal import progress
+
+    device = get_device(options.device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with progress(f"building {options.model}"):
+            loaded = loaded_model(options)
+        begin = time.perf_counter()
+        with progress(f"tracing {loaded.name}"):
+            program = traced_program(loaded, options)
+        traced = time.perf_counter() - begin
+        with progress(f"planning {loaded.name}"):
+            streams = streams_blocks and program.is_joint
+            passes = passes_for(program)
+            return analyse(program, loaded.name, passes, device, traced, streams_blocks=streams)

@@ -5,9 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from graphopt.errors import GraphoptError
 from graphopt.model_options import (
-    add_model_arguments,
-    add_passes_argument,
-    add_step_arguments,
+    add_run_arguments,
     budget,
     held_plan,
     model_with_weights,
@@ -22,11 +20,8 @@ if TYPE_CHECKING:
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """The options of `graphopt optimize`."""
-    add_model_arguments(command)
-    add_step_arguments(command)
-    add_passes_argument(command)
+    add_run_arguments(command)
     add = command.add_argument
-    add("--plan", metavar="FILE", help="of graphopt plan, carried out instead of planning")
     add("--top", type=positive, default=10, metavar="N", help="entries of each list (default 10)")
     add("--json", metavar="FILE", help="write the report as JSON too; - prints only JSON")
     command.set_defaults(run=run)

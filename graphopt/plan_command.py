@@ -7,10 +7,9 @@ from graphopt.model_options import (
     add_model_arguments,
     add_passes_argument,
     add_step_arguments,
-    loaded_model,
+    analysed_step,
     model_choice,
     passes_of,
-    traced_program,
 )
 
 if TYPE_CHECKING:
@@ -42,24 +41,8 @@ def run(options: argparse.Namespace) -> None:
 
 def planned(options: argparse.Namespace) -> "PlanFile":
     """The plans of the passes that the options ask for; the model never runs."""
-    import time
-    import warnings
-
-    from graphopt.analysis import analyse
-    from graphopt.cost_models.devices import get_device
     from graphopt.plan_file import PlanFile
-    from graphopt.terminal import progress
 
-    passes, device = passes_of(options), get_device(options.device)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with progress(f"building {options.model}"):
-            loaded = loaded_model(options)
-        begin = time.perf_counter()
-        with progress(f"tracing {loaded.name}"):
-            program = traced_program(loaded, options)
-        traced = time.perf_counter() - begin
-        with progress(f"planning {loaded.name}"):
-            streams = options.passes is None and program.is_joint
-            report = analyse(program, loaded.name, passes, device, traced, streams_blocks=streams)
+    passes = passes_of(options)
+    report = analysed_step(options, lambda program: passes, streams_blocks=options.passes is None)
     return PlanFile.of(report, options.model, model_choice(options))

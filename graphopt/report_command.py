@@ -6,10 +6,9 @@ from typing import TYPE_CHECKING
 from graphopt.model_options import (
     add_model_arguments,
     add_step_arguments,
-    loaded_model,
+    analysed_step,
     passes_of,
     positive,
-    traced_program,
 )
 
 if TYPE_CHECKING:
@@ -58,23 +57,5 @@ def run(options: argparse.Namespace) -> None:
 
 def _report(options: argparse.Namespace) -> "Report":
     """On one device."""
-    import time
-    import warnings
-
-    from graphopt.analysis import analyse
-    from graphopt.cost_models.devices import get_device
-    from graphopt.terminal import progress
-
     passes = passes_of(options)
-    device = get_device(options.device)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with progress(f"building {options.model}"):
-            loaded = loaded_model(options)
-        begin = time.perf_counter()
-        with progress(f"tracing {loaded.name}"):
-            program = traced_program(loaded, options)
-        traced = time.perf_counter() - begin
-        with progress(f"planning {loaded.name}"):
-            chosen = passes if program.is_joint else []
-            return analyse(program, loaded.name, chosen, device, traced)
+    return analysed_step(options, lambda program: passes if program.is_joint else [])

@@ -6,9 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from graphopt.errors import VerifyError
 from graphopt.model_options import (
-    add_model_arguments,
-    add_passes_argument,
-    add_step_arguments,
+    add_run_arguments,
     model_with_weights,
 )
 from graphopt.optimize_command import check_runs, wanted_of
@@ -19,11 +17,8 @@ if TYPE_CHECKING:
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """The options of `graphopt verify`."""
-    add_model_arguments(command)
-    add_step_arguments(command)
-    add_passes_argument(command)
+    add_run_arguments(command)
     add = command.add_argument
-    add("--plan", metavar="FILE", help="of graphopt plan, carried out instead of planning")
     add("--json", metavar="FILE", help="write the figures as JSON too; - prints only JSON")
     command.set_defaults(run=run)
 

@@ -116,7 +116,7 @@ def choose_best(
     except PlanError:
         if budget_bytes is None:
             raise
-        return _at_most(flow, budget_bytes, search, _nested(flow, spans))
+        return _at_most(flow, budget_bytes, search, spans)
     if budget_bytes is None and not least:
         return labels
     limit = step_of(flow, labels).peak_bytes
@@ -136,12 +136,13 @@ def choose_best(
     return found if found is not None and found.seconds < labels.seconds else labels
 
 
-def _at_most(flow: Dataflow, budget_bytes: int, search: Search, nested: Nested | None) -> Choice:
+def _at_most(flow: Dataflow, budget_bytes: int, search: Search, spans: Callable[[], Chain]) -> Choice:
     """A nested choice that fits, or the one of the least peak found; PlanError if that does not."""
+    nested = _nested(flow, spans)
     found = None if nested is None else nested.within(budget_bytes - flow.static_bytes)
     if found is not None:
         return found
-    least = choose_best(flow, True, None, search)
+    least = choose_best(flow, True, None, search, spans)
     if nested is not None and nested.least.peak_bytes < least.peak_bytes:
         least = nested.least
     return fitting(flow, least, budget_bytes)
