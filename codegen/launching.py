@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from graphopt.codegen import reference
+from graphopt.codegen.huge_pages import advised
 from graphopt.codegen.layout import output_shape
 from graphopt.codegen.region import Extent, Reduce, Region
 from graphopt.errors import CodegenError
@@ -76,7 +77,7 @@ class RegionKernel(ABC):
         """New tensors for the outputs on a grid of `shape`."""
         facts = self.region.facts
         return tuple(
-            torch.empty(output_shape(facts[out.value].extent, shape), dtype=dtype, device=device)
+            advised(torch.empty(output_shape(facts[out.value].extent, shape), dtype=dtype, device=device))
             for out, dtype in zip(self.region.outputs, self.dtypes, strict=True)
         )
 

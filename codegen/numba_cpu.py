@@ -9,9 +9,7 @@ serves all shapes; a few properties of the layout (`Form`) lead to texts of thei
 first met.
 """
 
-import ctypes
 import functools
-import mmap
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -23,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graphopt.codegen.huge_pages import resident
 from graphopt.codegen.kernel_cache import DEFAULT_CACHE, DiskCache, key_of, load
 from graphopt.codegen.launching import RegionKernel, span
 from graphopt.codegen.layout import Grid, Shape, grid_of, grid_shape
@@ -107,7 +106,7 @@ class NumbaKernel(RegionKernel):
         read = self.readable(inputs, out)
         launch = self._launch(read, out, all(y.data_ptr() % _LINE == 0 for y in out or ()))
         results = tuple(out) if out is not None else self.allocate(launch.shape, _CPU)
-        if launch.compiled.source.tiles and not all(map(resident, results)):
+        if launch.compiled.source.tiles and not all(map(_resident, results)):
             launch = self._launch(read, out, False)
 
         def run() -> tuple[Tensor, ...]:
@@ -302,17 +301,7 @@ def _number(x: Tensor | float) -> float:
     return x.item() if isinstance(x, Tensor) else x
 
 
-@functools.cache
-def _mincore() -> Any:
-    return getattr(ctypes.CDLL(None), "mincore", None)
-
-
-def resident(x: Tensor) -> bool:
-    """Whether the page in the middle of a tensor is in memory already; False where nobody can tell."""
+def _resident(x: Tensor) -> bool:
+    """Whether the memory of a tensor is there already."""
     begin, end = span(x)
-    page = (begin + end) // 2 // mmap.PAGESIZE * mmap.PAGESIZE
-    found = ctypes.c_ubyte(0)
-    ask = _mincore()
-    if ask is None or ask(ctypes.c_void_p(page), ctypes.c_size_t(1), ctypes.byref(found)) != 0:
-        return False
-    return bool(found.value & 1)
+    return resident(begin, end - begin)

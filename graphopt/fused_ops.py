@@ -19,6 +19,7 @@ from torch import Tensor, fx
 
 from graphopt.codegen import reference
 from graphopt.codegen.cuda_launch import cuda_kernel
+from graphopt.codegen.huge_pages import advised
 from graphopt.codegen.numba_cpu import STREAM_BYTES, Launch, compile_region
 from graphopt.codegen.region import Extent, Reduce, Region, cost
 from graphopt.codegen.region_text import from_data, to_data
@@ -185,7 +186,7 @@ class FusedCall:
                 results.append(source.as_strided(sizes, strides))
             else:
                 device = inputs[0].device
-                results.append(torch.empty_strided(sizes, strides, dtype=dtype, device=device))
+                results.append(advised(torch.empty_strided(sizes, strides, dtype=dtype, device=device)))
         return results
 
     @functools.cached_property
