@@ -39,7 +39,7 @@ def analyse(
     >>> report.predicted_peak_bytes <= report.baseline_peak_bytes
     True
     """
-    settings = Settings(tuple(passes), "eager", device)
+    settings = Settings(tuple(passes), tuple(passes), "eager", device)
     program = as_planned(program)
     costs = Costs.of(program, device)
     run = run_or_stream if streams_blocks else run_passes

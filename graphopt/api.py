@@ -17,7 +17,7 @@ from graphopt.errors import GraphoptError, TraceError
 from graphopt.module_report import run_module_passes
 from graphopt.passes.base import Pass
 from graphopt.passes.budget import Budget
-from graphopt.passes.checkpoint import Checkpoint
+from graphopt.passes.defaults import default_passes
 from graphopt.passes.module_pass import ModulePass
 from graphopt.passes.split_vocab import SplitVocab
 from graphopt.plan_file import PlanFile, held_or_given
@@ -58,7 +58,8 @@ def optimize(
         memory: bound on the peak of the step, parameters and gradients included: bytes, "6GiB", a
             share of the plain peak (0.4), "min", or None: nothing heavy again. May use `StreamBlocks`.
         activations: bound on what the step allocates besides gradients, in the same forms.
-        passes: passes to run instead of `[Checkpoint(memory=memory, activations=activations)]`. After
+        passes: passes to run instead of `Checkpoint(memory=memory, activations=activations)`, which in
+            inference is followed by `Fuse` for kernels that save a mebibyte or more. After
             `SkipLayers` alone the result is a changed copy, a plain module with a `report`.
         loss: for a model that computes no loss itself, `loss(output, target)`. The result is then
             called as `model(..., target=y)` and returns the loss.
@@ -87,11 +88,11 @@ def optimize(
     if mesh is not None or any(isinstance(p, SplitVocab) for p in passes or ()):
         model, passes = _split(model, passes, mesh, device, (memory, activations, loss) == (None,) * 3)
     first, rest = _module_passes_first(passes)
-    chosen, model = _passes(rest, memory, activations), run_module_passes(model, first)
+    way, model = _compiler(compiler), run_module_passes(model, first)
+    chosen, forward = _passes(rest, memory, activations, way)
     if (first or mesh is not None) and not chosen and loss is None and compiler == "eager":
         return model
-    ways = _compiler(compiler), _device(device, model)
-    settings = Settings(chosen, *ways, profile, verify, not passes, plan)
+    settings = Settings(chosen, forward, way, _device(device, model), profile, verify, not passes, plan)
     return _wrapped(model, _State(settings, fullgraph, loss, _name(model)))
 
 
@@ -145,15 +146,19 @@ def _module_passes_first(
     return first, list(passes[len(first) :])  # type: ignore[arg-type] # checked next
 
 
-def _passes(passes: Sequence[Pass] | None, memory: Budget, activations: Budget) -> tuple[Pass, ...]:
+def _passes(
+    passes: Sequence[Pass] | None, memory: Budget, activations: Budget, compiler: str
+) -> tuple[tuple[Pass, ...], tuple[Pass, ...]]:
+    """The passes of training steps, and those of graphs without a backward."""
     if passes is None:
-        return (Checkpoint(memory=memory, activations=activations),)
+        step, forward = (default_passes(memory, activations, mode, compiler) for mode in (True, False))
+        return step, forward
     if memory is not None or activations is not None:
         raise GraphoptError("give either passes= or a budget; a budget is short for one Checkpoint")
     wrong = [p for p in passes if not isinstance(p, Pass)]
     if wrong:
         raise GraphoptError(f"passes= takes pass objects like graphopt.Checkpoint(), not {wrong[0]!r}")
-    return tuple(passes)
+    return tuple(passes), tuple(passes)
 
 
 def _compiler(name: str) -> str:
@@ -379,9 +384,10 @@ def dynamo_backend(
     plan, compiler = given.get("plan"), given.get("compiler", "eager")
     budgets = given.get("memory"), given.get("activations")
     passes = held_or_given(plan, compiler, given.get("passes"), budgets)
+    way = _compiler(compiler)
     settings = Settings(
-        _passes(passes, *budgets),
-        _compiler(compiler),
+        *_passes(passes, *budgets, way),
+        way,
         _device(given.get("device"), module),
         bool(given.get("profile", False)),
         held=plan,

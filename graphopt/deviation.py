@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from graphopt import ops
 from graphopt.comparison import gradient_leaves, left_as_it_was
 from graphopt.models import LoadedModel
+from graphopt.numerics import FACTOR
 
-FACTOR = 10.0  # times eager's own error
 UNITS = 32  # machine epsilons of the largest element, allowed where eager is (nearly) exact
 ALONE_UNITS = 1024  # the same, where nothing says what eager itself is off by
 Values = dict[tuple[str, str], torch.Tensor | None]  # (kind, name) -> value

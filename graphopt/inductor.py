@@ -38,7 +38,7 @@ class PlannedGraph(Protocol):
         self, joint: fx.GraphModule, inputs: Any, *, num_fwd_outputs: int, **options: Any
     ) -> Any: ...
 
-    def record_inference(self, module: fx.GraphModule) -> None: ...
+    def planned_inference(self, module: fx.GraphModule) -> fx.GraphModule: ...
 
     def backward_of(
         self, placeholders: Sequence[fx.Node], usual: Callable[..., Any]
@@ -56,9 +56,9 @@ def compile_with_inductor(
     owners: dict[str, str | None] = {}
 
     def inner(part: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Any:
-        placeholders = [n for n in part.graph.nodes if n.op == "placeholder"]
         if options.get("is_inference"):
-            graph.record_inference(part)
+            part = graph.planned_inference(part)
+        placeholders = [n for n in part.graph.nodes if n.op == "placeholder"]
         results: Any = part.graph.output_node().args[0]
         returned = [n.name if n in placeholders else None for n in results]
         half = Half(graph.room_bytes, graph.scratch_bytes, returned, owners, copies, graph.note_peak)

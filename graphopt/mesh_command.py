@@ -40,7 +40,7 @@ def report(options: argparse.Namespace) -> "Report":
     mesh = Mesh.parse(options.mesh)
     links = read_links(options.links) if options.links else None
     bounded = options.memory is not None or options.activations is not None
-    passes = passes_of(options) if bounded else []
+    passes = passes_of(options, training=True) if bounded else []
     device = get_device(options.device)
     with warnings.catch_warnings(), bar(f"capturing one rank of {mesh}") as advance:
         warnings.simplefilter("ignore")

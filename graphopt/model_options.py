@@ -63,18 +63,17 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def passes_of(options: argparse.Namespace) -> "list[Pass]":
-    """The passes that the options ask for: `--passes`, or a checkpoint plan within the budget."""
+def passes_of(options: argparse.Namespace, training: bool) -> "tuple[Pass, ...]":
+    """The passes that the options ask for: `--passes`, or those of `optimize` within the budget."""
     if text := getattr(options, "passes", None):
         from graphopt.pass_syntax import parse_passes
 
         if options.memory or options.activations:
             raise GraphoptError("give either --passes or a budget: a budget is short for one Checkpoint")
-        return parse_passes(text)
-    from graphopt.passes.checkpoint import Checkpoint
+        return tuple(parse_passes(text))
+    from graphopt.passes.defaults import default_passes
 
-    wanted = budget(options.memory), budget(options.activations)
-    return [Checkpoint(memory=wanted[0], activations=wanted[1])]
+    return default_passes(budget(options.memory), budget(options.activations), training, "eager")
 
 
 def budget(text: str | None) -> "Budget":

@@ -68,7 +68,7 @@ def wanted_of(options: argparse.Namespace) -> dict[str, Any]:
     if plan is not None:
         return {"plan": plan, "compiler": plan.compiler, "device": options.device}
     if options.passes is not None:
-        return {"passes": passes_of(options), "device": options.device}
+        return {"passes": passes_of(options, not options.inference), "device": options.device}
     budgets = {name: budget(getattr(options, name)) for name in ("memory", "activations")}
     return {**budgets, "device": options.device}
 

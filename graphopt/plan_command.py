@@ -43,6 +43,6 @@ def planned(options: argparse.Namespace) -> "PlanFile":
     """The plans of the passes that the options ask for; the model never runs."""
     from graphopt.plan_file import PlanFile
 
-    passes = passes_of(options)
-    report = analysed_step(options, lambda program: passes, streams_blocks=options.passes is None)
+    streams = options.passes is None
+    report = analysed_step(options, lambda p: passes_of(options, p.is_joint), streams_blocks=streams)
     return PlanFile.of(report, options.model, model_choice(options))

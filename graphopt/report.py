@@ -15,6 +15,7 @@ from graphopt.timeline import CATEGORIES, MemoryTimeline
 if TYPE_CHECKING:
     from graphopt.comparison import StepComparison
     from graphopt.mesh_facts import MeshFacts
+    from graphopt.passes.base import Pass
 
 SCHEMA = 1
 TIMELINE_POINTS = 500  # of a timeline in JSON: the fullest step of each stretch
@@ -98,6 +99,12 @@ class Report:
 
     __repr__ = __str__
 
+    @property
+    def passes(self) -> "tuple[Pass, ...]":
+        """What was asked for of training steps; of inference, where no graph has a backward."""
+        forward = self.graphs and not any(graph.is_training for graph in self.graphs)
+        return self.settings.inference_passes if forward else self.settings.passes
+
     def to_json(self) -> str:
         """The report as JSON text, with these keys; sizes are bytes, times are seconds.
 
@@ -129,7 +136,7 @@ class Report:
             "model": self.name,
             "device": self.settings.device.name,
             "compiler": self.settings.compiler,
-            "passes": [repr(p) for p in self.settings.passes],
+            "passes": [repr(p) for p in self.passes],
             **{name: getattr(self, name) for name in peaks},
             "measured": None if self.measured is None else asdict(self.measured),
             "graphs": [_graph_json(g) for g in self.graphs],

@@ -57,5 +57,4 @@ def run(options: argparse.Namespace) -> None:
 
 def _report(options: argparse.Namespace) -> "Report":
     """On one device."""
-    passes = passes_of(options)
-    return analysed_step(options, lambda program: passes if program.is_joint else [])
+    return analysed_step(options, lambda program: passes_of(options, program.is_joint))

@@ -15,7 +15,7 @@ TOP = 20  # rows of a table
 
 def report_html(report: Report) -> str:
     """The whole report; every text in it is escaped."""
-    passes = ", ".join(map(pass_text, report.settings.passes))
+    passes = ", ".join(map(pass_text, report.passes))
     device = report.settings.device.name
     parts = [heading(f"{report.name}: {passes or 'no passes'}; times predicted for {device}")]
     parts.append(table(("", "optimized", "plain", "change"), _figures(report)))

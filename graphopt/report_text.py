@@ -24,7 +24,7 @@ def report_lines(report: Report, top: int = TOP) -> list[Line]:
     lines = [_title(f"graphopt report: {report.name}")]
     how = "" if report.settings.compiler == "eager" else f", compiled by {report.settings.compiler}"
     lines.append(_plain(f"  times are predicted for {report.settings.device.name}{how}"))
-    for pass_ in report.settings.passes:
+    for pass_ in report.passes:
         lines.append(_plain(f"  pass {pass_text(pass_)}"))
     if not report.graphs:
         lines.append(_plain("  no graph yet: the first call captures the model"))

@@ -44,6 +44,7 @@ class Settings:
     """
 
     passes: tuple[Pass, ...]
+    inference_passes: tuple[Pass, ...]  # of graphs without a backward
     compiler: str
     device: Device
     profile: bool = False
@@ -184,7 +185,8 @@ class _Graph:
         if self.frame.broken_at is None and not (held and held.knows(full)):
             self.unlikely = unlikely_tangents(full)
         program = without_gradients(full, self.unlikely) if self.unlikely else full
-        planned = self._run_passes(program)
+        passes = self.settings.passes
+        planned = self._run_passes(program, passes)
         if not self.unlikely:
             saved = saved_nodes(planned)
             return forward_module(planned, saved), backward_module(planned, _names(saved))
@@ -193,7 +195,7 @@ class _Graph:
         except PlanError:  # the other gradients need values that this plan neither keeps nor can make
             self.log.records.pop()
             self.unlikely = frozenset()
-            planned = self._run_passes(full)
+            planned = self._run_passes(full, passes)
             saved = saved_nodes(planned)
             return forward_module(planned, saved), backward_module(planned, _names(saved))
         names = set(_names(saved_nodes(planned))) | set(_names(saved_nodes(replayed)))
@@ -201,12 +203,12 @@ class _Graph:
         self.full_backward = backward_module(replayed, _names(saved))
         return forward_module(replayed, saved), backward_module(planned, _names(saved))
 
-    def _run_passes(self, program: Program) -> Program:
+    def _run_passes(self, program: Program, passes: tuple[Pass, ...]) -> Program:
         traced = time.perf_counter() - self.log.begin
         held = self.settings.held
         may_stream = self.settings.streams_blocks and self.settings.compiler == "eager"
         run = held.run if held else run_or_stream if may_stream else run_passes
-        planned, steps = run(program, self.settings.passes, self._costs, time.perf_counter)
+        planned, steps = run(program, passes, self._costs, time.perf_counter)
         self.steps = steps
         if self.settings.verify == "full":
             compare_numerics(planned, program)
@@ -280,15 +282,13 @@ class _Graph:
 
     def compile_inference(self, module: fx.GraphModule, _inputs: Sequence[Any]) -> Boxed:
         """The forward alone, under no_grad."""
-        return _eager(self._run_passes(self._forward_program(module)).module)
+        return _eager(self.planned_inference(module))
 
-    def record_inference(self, module: fx.GraphModule) -> None:
-        """Plan and log the forward alone, for a compiler that runs `module` as it is."""
-        self._run_passes(self._forward_program(module))
-
-    def _forward_program(self, module: fx.GraphModule) -> Program:
-        outputs = module.graph.output_node().args[0]
-        return cleaned(program_of(module, len(outputs), self.frame))  # type: ignore[arg-type]
+    def planned_inference(self, module: fx.GraphModule) -> fx.GraphModule:
+        """The forward alone, planned."""
+        outputs: Any = module.graph.output_node().args[0]
+        program = cleaned(program_of(module, len(outputs), self.frame), self.settings.compiler)
+        return self._run_passes(program, self.settings.inference_passes).module
 
     def compile_forward(self, module: fx.GraphModule, _inputs: Sequence[Any]) -> Boxed:
         """The forward of a training step."""

@@ -68,7 +68,7 @@ class Verification:
 def verify_model(loaded: LoadedModel, *, training: bool = True, **wanted: Any) -> Verification:
     """Compare a step of `loaded` on its example inputs with one by `optimize(model, **wanted)`.
 
-    Loss, outputs, buffers and gradients are held against float64, and may be off by `deviation.FACTOR`
+    Loss, outputs, buffers and gradients are held against float64, and may be off by `numerics.FACTOR`
     times what eager is off by. Without `training` a step is a forward alone.
     """
     model = optimize(loaded.model, **wanted)
