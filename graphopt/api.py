@@ -58,9 +58,8 @@ def optimize(
         memory: bound on the peak of the step, parameters and gradients included: bytes, "6GiB", a
             share of the plain peak (0.4), "min", or None: nothing heavy again. May use `StreamBlocks`.
         activations: bound on what the step allocates besides gradients, in the same forms.
-        passes: passes to run instead of `Checkpoint(memory=memory, activations=activations)`, which in
-            inference is followed by `Fuse` for kernels that save a mebibyte or more. After
-            `SkipLayers` alone the result is a changed copy, a plain module with a `report`.
+        passes: instead of `Checkpoint(memory=memory, activations=activations)`, in inference with `Fuse`.
+            After `SkipLayers` alone the result is a changed copy, a plain module with a `report`.
         loss: for a model that computes no loss itself, `loss(output, target)`. The result is then
             called as `model(..., target=y)` and returns the loss.
         compiler: "eager" runs the planned graphs operator by operator, exactly; "inductor" hands
