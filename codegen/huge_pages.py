@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
+from graphopt.codegen.process import library
+
 PAGE_BYTES = 2 << 20
 # Smaller blocks mostly come from memory that the process had before.
 LEAST_BYTES = 4 << 20
@@ -26,11 +28,11 @@ def advise(address: int, nbytes: int) -> bool:
     """
     begin = -(-address // PAGE_BYTES) * PAGE_BYTES
     end = (address + nbytes) // PAGE_BYTES * PAGE_BYTES
-    library = _library()
-    if nbytes < LEAST_BYTES or end <= begin or library is None or resident(address, nbytes):
+    calls = _library()
+    if nbytes < LEAST_BYTES or end <= begin or calls is None or resident(address, nbytes):
         return False
     wanted = ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _MADV_HUGEPAGE
-    return bool(library.madvise(*wanted) == 0)
+    return bool(calls.madvise(*wanted) == 0)
 
 
 def advised(x: Tensor) -> Tensor:
@@ -44,15 +46,15 @@ def resident(address: int, nbytes: int) -> bool:
     """Whether the page in the middle of a block is in memory already; False where nobody can tell."""
     page = (address + nbytes // 2) // mmap.PAGESIZE * mmap.PAGESIZE
     found = ctypes.c_ubyte(0)
-    library = _library()
-    if library is None:
+    calls = _library()
+    if calls is None:
         return False
-    asked = library.mincore(ctypes.c_void_p(page), ctypes.c_size_t(1), ctypes.byref(found))
+    asked = calls.mincore(ctypes.c_void_p(page), ctypes.c_size_t(1), ctypes.byref(found))
     return asked == 0 and bool(found.value & 1)
 
 
 @functools.cache
 def _library() -> Any:
     """The C library, where it has what is needed."""
-    library = ctypes.CDLL(None)
-    return library if hasattr(library, "mincore") and hasattr(library, "madvise") else None
+    known = library()
+    return known if hasattr(known, "mincore") and hasattr(known, "madvise") else None

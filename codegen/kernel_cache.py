@@ -1,8 +1,8 @@
 """Generated kernels on disk, by their content: the text, and the machine code that Numba made of it.
 
 A folder holds for each kernel `<key>.py`, where the key is a hash of the text, of the primitives it is
-made with and of the compiler's version, and for each function and kind of processor one `.bin`: a
-checksum, and what Numba needs to run it again. Files appear in one step, so that any number of processes
+made with and of the compiler's version, and for each kind of processor one `.bin`: a checksum and an
+object file. Files appear in one step, so that any number of processes
 may share a folder; an entry that is cut short or altered is made anew; the least recently used go first
 when the folder grows beyond its bound.
 """
@@ -10,12 +10,11 @@ when the folder grows beyond its bound.
 import functools
 import hashlib
 import os
-import pickle
 import sys
 import tempfile
 import types
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 DEFAULT_CACHE = Path.home() / ".cache" / "graphopt" / "kernels"
 MAX_BYTES = 256 * 2**20
@@ -25,13 +24,11 @@ _DIGEST_BYTES = 32
 @functools.cache
 def _toolchain() -> str:
     """A text that changes when the same kernel text would become other machine code."""
-    import llvmlite
-    import numba
-
     here = Path(__file__).parent
-    files = [here / name for name in ("formulas.py", "halves.py", "primitives.py")]
+    files = [here / name for name in ("formulas.py", "halves.py", "native.py", "primitives.py")]
     known = "\n".join(file.read_text(encoding="utf-8") for file in files)
-    return f"{numba.__version__} {llvmlite.__version__} {sys.version_info[:2]}\n{known}"
+    versions = [version(name) for name in ("numba", "llvmlite")]  # to import Numba takes long
+    return f"{versions} {sys.version_info[:2]}\n{known}"
 
 
 def key_of(text: str) -> str:
@@ -56,54 +53,23 @@ def load(text: str, folder: Path | None = DEFAULT_CACHE) -> types.ModuleType:
     return module
 
 
-class DiskCache:
-    """What a Numba dispatcher asks for compiled code; `name` is that of the kernel and its function.
+def kept_code(folder: Path, name: str) -> bytes | None:
+    """Machine code that `keep_code` kept; None where there is none, or it is damaged."""
+    path = folder / f"{name}.bin"
+    content = _read(path)
+    if content is None:
+        return None
+    digest, code = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
+    if hashlib.sha256(code).digest() != digest:
+        return None
+    _touch(path)
+    return code
 
-    Takes the place of the cache that `cache=True` gives: that one trusts what it finds.
-    """
 
-    def __init__(self, folder: Path, name: str, max_bytes: int = MAX_BYTES) -> None:
-        self.folder, self.name, self.max_bytes = folder, name, max_bytes
-        self.cache_path = str(folder)
-
-    def load_overload(self, signature: Any, target: Any) -> Any:
-        """The compiled code of one signature; None where there is none, or it is damaged."""
-        from numba.core.compiler import CompileResult
-
-        path = self._path(signature, target.codegen())
-        content = _read(path)
-        if content is None:
-            return None
-        digest, payload = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
-        if hashlib.sha256(payload).digest() != digest:
-            return None
-        target.refresh()  # or symbols that the code needs are not there yet
-        try:
-            found = CompileResult._rebuild(target, *pickle.loads(payload))
-        except Exception:  # whatever a reader of another version's data may raise
-            return None
-        _touch(path)
-        return found
-
-    def save_overload(self, signature: Any, result: Any) -> None:
-        """Keep compiled code; where the folder cannot be written, nothing is kept."""
-        from numba.core.serialize import dumps
-
-        if result.library.has_dynamic_globals:
-            return
-        payload = dumps(result._reduce())
-        _write(
-            self._path(signature, result.target_context.codegen()),
-            hashlib.sha256(payload).digest() + payload,
-        )
-        trim(self.folder, self.max_bytes)
-
-    def flush(self) -> None:
-        """Nothing waits to be written."""
-
-    def _path(self, signature: Any, codegen: Any) -> Path:
-        kind = hashlib.sha256(repr((str(signature), codegen.magic_tuple())).encode()).hexdigest()[:16]
-        return self.folder / f"{self.name}.{kind}.bin"
+def keep_code(folder: Path, name: str, code: bytes, max_bytes: int = MAX_BYTES) -> None:
+    """Keep machine code; where the folder cannot be written, nothing is kept."""
+    _write(folder / f"{name}.bin", hashlib.sha256(code).digest() + code)
+    trim(folder, max_bytes)
 
 
 def trim(folder: Path, max_bytes: int) -> None:

@@ -11,8 +11,7 @@ first met.
 
 import functools
 import os
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -22,14 +21,14 @@ import torch
 from torch import Tensor
 
 from graphopt.codegen.huge_pages import resident
-from graphopt.codegen.kernel_cache import DEFAULT_CACHE, DiskCache, key_of, load
+from graphopt.codegen.kernel_cache import DEFAULT_CACHE
 from graphopt.codegen.launching import RegionKernel, span
 from graphopt.codegen.layout import Grid, Shape, grid_of, grid_shape
-from graphopt.codegen.numba_forms import BLOCK, BYTES, KNOWN_COLUMNS, Form, Operand, Source, tensors
+from graphopt.codegen.native import Kernel
+from graphopt.codegen.numba_forms import BLOCK, BYTES, KNOWN_COLUMNS, Form, Operand, tensors
 from graphopt.codegen.numba_source import write
 from graphopt.codegen.region import Extent, Region
 from graphopt.codegen.stages import may_overwrite
-from graphopt.errors import CodegenError
 
 # Below this many bytes of inputs and outputs, threads take longer to start than they save.
 PARALLEL_BYTES = 1 << 18
@@ -50,12 +49,11 @@ class _Process:
     """What this process may do: in a forked child, the threads of the parent are gone."""
 
     forked = False
-    lock = threading.Lock()  # one parallel kernel at a time; another thread runs its own serially
 
     @classmethod
     def after_fork(cls) -> None:
         """The child's part."""
-        cls.forked, cls.lock = True, threading.Lock()
+        cls.forked = True
 
 
 os.register_at_fork(after_in_child=_Process.after_fork)
@@ -73,7 +71,7 @@ class Launch:
 
     grid: Grid
     shape: tuple[int, ...]
-    compiled: "_Compiled"
+    compiled: Kernel
     arguments: tuple[int, ...]  # with zeros for addresses
     addresses: tuple[int, ...]  # positions of these among `arguments`
     pitch: int
@@ -89,7 +87,7 @@ class NumbaKernel(RegionKernel):
         self._tensors = tensors(region)
         write(region, Form())  # raises what cannot be written
         self._launches: dict[Any, Launch] = {}
-        self._compiled: dict[Form, _Compiled] = {}
+        self._compiled: dict[Form, Kernel] = {}
 
     def source(self, form: Form | None = None) -> str:
         """The kernel's text for a form, by default for contiguous tensors."""
@@ -150,7 +148,7 @@ class NumbaKernel(RegionKernel):
         form = self._form(grid, may_stream and nbytes >= STREAM_BYTES)
         compiled = self._compiled.get(form)
         if compiled is None:
-            compiled = self._compiled[form] = _Compiled(write(self.region, form), self.cache)
+            compiled = self._compiled[form] = Kernel(write(self.region, form), self.cache)
         arguments, addresses = self._arguments(grid, form)
         size = BYTES[self.region.math]
         pitch = -(-grid.columns * size // _LINE) * _LINE
@@ -231,70 +229,7 @@ class NumbaKernel(RegionKernel):
         return min(-(-rows // SUMMED_ROWS), MOST_PARTS) if self.sums else 1
 
     def _threads(self, nbytes: int) -> int:
-        if nbytes < PARALLEL_BYTES or _Process.forked:
-            return 1
-        threads = torch.get_num_threads()
-        if threads == 1:
-            return 1
-        from numba.core import config
-
-        most: int = config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
-        return min(threads, most)
-
-
-class _Compiled:
-    """The functions of one text, compiled when first called."""
-
-    def __init__(self, source: Source, cache: Path | None) -> None:
-        self.source, self.cache = source, cache
-
-    def __call__(
-        self, threads: int, chunks: int, count: int, own: int, own_sums: int, arguments: list[Any]
-    ) -> None:
-        """Run `count` rows in chunks, each with `own` bytes to work with, and `own_sums` for its sums."""
-        if threads > 1 and _Process.lock.acquire(blocking=False):
-            try:
-                self._parallel(chunks, count, own, own_sums, *arguments)
-            finally:
-                _Process.lock.release()
-        elif chunks == 1 or not own_sums:
-            self._serial(0, count, *arguments)
-        else:
-            self._in_turn(chunks, count, 0, own_sums, *arguments)
-
-    @functools.cached_property
-    def _serial(self) -> Callable[..., None]:
-        return self._compile("rows", 0)
-
-    @functools.cached_property
-    def _parallel(self) -> Callable[..., None]:
-        return self._compile("run", 2, parallel=True)
-
-    @functools.cached_property
-    def _in_turn(self) -> Callable[..., None]:
-        return self._compile("run", 2)
-
-    def _compile(self, name: str, more: int, parallel: bool = False) -> Callable[..., None]:
-        """One function as machine code, for the types of its parameters."""
-        if name == "run":
-            load(self.source.text, self.cache).__dict__["rows"] = self._serial
-        try:
-            import numba
-
-            kinds = {"i": numba.int64, "f": numba.float64}
-            types = [kinds[kind] for kind in "i" * more + self.source.parameters]
-            function = load(self.source.text, self.cache).__dict__[name]
-            compiler = numba.njit(error_model="numpy", nogil=True, parallel=parallel)
-            dispatcher: Any = compiler(function)
-            if self.cache is not None:
-                variant = name if parallel or name == "rows" else f"{name}.serial"
-                dispatcher._cache = DiskCache(self.cache, f"{key_of(self.source.text)}.{variant}")
-            dispatcher.compile(numba.void(*types))
-            dispatcher.disable_compile()
-        except Exception as error:
-            raise CodegenError(f"Numba could not compile a kernel: {error}") from error
-        found: Callable[..., None] = dispatcher
-        return found
+        return 1 if nbytes < PARALLEL_BYTES or _Process.forked else torch.get_num_threads()
 
 
 def _number(x: Tensor | float) -> float:

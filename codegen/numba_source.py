@@ -72,7 +72,7 @@ class _Writer:
                 self._line("fence()")
         body = "\n".join(self.lines)
         return Source(
-            "\n".join([*self._head(body), body, *_driver(names)]) + "\n",
+            "\n".join([*self._head(body), body]) + "\n",
             kinds,
             len(self.buffer_of),
             len(self.form.streamed),
@@ -103,7 +103,7 @@ class _Writer:
         return (rows if tensor.extent.by_row else []) + ([f"{tensor.variable}_step"] if strided else [])
 
     def _head(self, body: str) -> Iterator[str]:
-        yield "import math\n\nimport numpy as np\nfrom numba import prange\n"
+        yield "import math\n\nimport numpy as np\n"
         yield "from graphopt.codegen.primitives import NAMES\n"
         for tensor in self.tensors:
             yield f"# {tensor.variable}: {tensor.name!r}, {tensor.dtype}, {tensor.extent.value}"
@@ -379,16 +379,6 @@ def _converted(value: Input, variable: str) -> str:
 def _float(number: float) -> str:
     special = {"inf": "infinity", "-inf": "-infinity", "nan": "real(math.nan)"}
     return special.get(repr(number), f"real({number!r})")
-
-
-def _driver(names: list[str]) -> Iterator[str]:
-    """The parallel form: a few chunks of rows, each with a buffer of its own."""
-    rest = names[2:]
-    given = {"buffer": "buffer + chunk * buffer_step", "sums": "sums + chunk * sums_step"}
-    ends = ["chunk * count // chunks", "(chunk + 1) * count // chunks"]
-    yield f"\n\ndef run(chunks, count, buffer_step, sums_step, {', '.join(rest)}):"
-    yield "    for chunk in prange(chunks):"
-    yield f"        rows({', '.join([*ends, *(given.get(name, name) for name in rest)])})"
 
 
 _NAMES = _CALLS | {"absolute", "to_float", "add_any_order", "uniform", "stream", "fence"}

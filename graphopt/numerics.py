@@ -2,9 +2,9 @@
 
 Both graphs are interpreted operator by operator on the same numbers, with the same seed, and every
 output is compared. A program of views, products and reductions that was only reordered or repeated
-gives equal bits; `tolerance` is relative to the largest element of an output. Where kernels round in other
-places and an output cancels, or its dtype is narrow, more than that may be right: then both are compared
-with the program in float64, and the rewritten one may be off by a few times what the first is off by.
+gives equal bits; `tolerance` is relative to the largest element of an output. Where kernels round in
+other places and an output cancels, or its dtype is narrow, more than that may be right: then both are
+compared with the program in float64, and the rewritten one may be off by a few times what the first is.
 """
 
 from typing import Any
@@ -19,7 +19,6 @@ from graphopt.cost_models.calls import TensorSpec, make
 from graphopt.cost_models.values import hint
 from graphopt.errors import VerifyError
 from graphopt.program import Program, tensors_of
-
 
 FACTOR = 10.0  # times the error of the program before
 

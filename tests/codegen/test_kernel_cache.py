@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from graphopt.codegen import kernel_cache, numba_cpu, regions
-from graphopt.codegen.kernel_cache import DiskCache, load, trim
+from graphopt.codegen import kernel_cache, native, numba_cpu, regions
+from graphopt.codegen.kernel_cache import load, trim
 from graphopt.codegen.numba_cpu import NumbaKernel
 
 X = torch.arange(12.0).view(3, 4)
@@ -17,13 +17,13 @@ SILU = X * torch.sigmoid(X) * X
 CODE = """
 import sys, time
 from pathlib import Path
-import torch, numba
+import torch
 begin = time.process_time()
 from graphopt.codegen import regions
 from graphopt.codegen.numba_cpu import NumbaKernel
 x = torch.arange(12.0).view(3, 4)
 out, = NumbaKernel(regions.swiglu("float32"), Path(sys.argv[1]))(x, x)
-print(time.process_time() - begin)
+print(time.process_time() - begin, "numba" in sys.modules)
 torch.testing.assert_close(out, x * torch.sigmoid(x) * x)
 """
 
@@ -44,20 +44,23 @@ def test_two_processes_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     both = [started(tmp_path), started(tmp_path)]
     assert [process.wait() for process in both] == [0, 0]
     assert len(binaries(tmp_path)) == 1 and not list(tmp_path.glob("*.tmp"))
-    monkeypatch.delattr(DiskCache, "save_overload")
+    monkeypatch.delattr(native, "optimized")
     torch.testing.assert_close(run(tmp_path), SILU)  # what they left is whole
+
+
+def test_numba_is_for_the_first_process_only(tmp_path: Path) -> None:
+    words = [started(tmp_path).communicate()[0].split() for _ in range(2)]
+    assert [compiled for _, compiled in words] == ["True", "False"]
 
 
 @pytest.mark.slow
 def test_seconds_of_the_first_kernel(tmp_path: Path) -> None:
-    cold, warm = (float(started(tmp_path).communicate()[0]) for _ in range(2))
-    assert cold < 2.0 and warm < 0.2
+    cold, warm = (float(started(tmp_path).communicate()[0].split()[0]) for _ in range(2))
+    assert cold < 3.0 and warm < 0.2
 
 
-@pytest.mark.parametrize("damage", ["cut", "altered", "empty", "not a pickle"])
-def test_a_damaged_entry_is_made_anew(
-    damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("damage", ["cut", "altered", "empty"])
+def test_a_damaged_entry_is_made_anew(damage: str, tmp_path: Path) -> None:
     run(tmp_path)
     (path,) = binaries(tmp_path)
     whole = path.read_bytes()
@@ -65,20 +68,17 @@ def test_a_damaged_entry_is_made_anew(
         "cut": whole[:-100],
         "altered": whole[:500] + bytes([whole[500] ^ 1]) + whole[501:],
         "empty": b"",
-        "not a pickle": kernel_cache.hashlib.sha256(b"none").digest() + b"none",
     }
     path.write_bytes(broken[damage])
     torch.testing.assert_close(run(tmp_path), SILU)
     repaired = path.read_bytes()
-    assert kernel_cache.hashlib.sha256(repaired[32:]).digest() == repaired[:32] and len(repaired) > 5000
+    assert kernel_cache.hashlib.sha256(repaired[32:]).digest() == repaired[:32] and len(repaired) > 2000
 
 
 def test_a_kernel_that_is_there_is_not_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(tmp_path)
-    saved: list[object] = []
-    monkeypatch.setattr(DiskCache, "save_overload", lambda *args: saved.append(args))
+    monkeypatch.delattr(native, "optimized")
     torch.testing.assert_close(run(tmp_path), SILU)
-    assert not saved
 
 
 def test_the_text_of_a_kernel_is_kept_and_repaired(tmp_path: Path) -> None:
