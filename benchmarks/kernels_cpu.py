@@ -209,7 +209,7 @@ def main() -> None:
 
 def one(dtype: str, threads: str, heap: str, name: str, rounds: int) -> dict[str, Any]:
     """One case in a process of its own."""
-    variables = {**HEAPS[heap], "OMP_NUM_THREADS": threads, "NUMBA_NUM_THREADS": threads}
+    variables = {**HEAPS[heap], "OMP_NUM_THREADS": threads}
     arguments = ["--rounds", str(rounds), "--case", dtype, threads, name]
     found: dict[str, Any] = spawned(__file__, arguments, variables)
     note(f"{dtype} {threads} {heap} {name}: {found}")

@@ -4,10 +4,11 @@ A kernel is one C function, `void kernel(int64_t *arguments)`. It is made once: 
 the text, LLVM writes an object file. Later processes load that file through llvmlite, in milliseconds,
 while Numba alone takes most of a second to begin. The arguments are numbers of 64 bits in a row:
 
-    taken, chunks, count, buffer_step, sums_step, then the parameters of `rows` after `begin` and `end`
+    taken, begun, chunks, count, buffer_step, sums_step, then the parameters of `rows` after its first two
 
 `count` rows are worked on in `chunks`. Threads share a kernel by taking chunks in turn, `taken` counts
-them; they are those of torch's OpenMP, so that no second pool of threads exists.
+them; `begun` counts threads, each of which works with bytes of its own. They are those of torch's OpenMP,
+so that no second pool of threads exists.
 """
 
 import ctypes
@@ -34,21 +35,21 @@ class Kernel:
     def __init__(self, source: Source, cache: Path | None) -> None:
         self.source, self.cache = source, cache
         kinds = {"i": "q", "f": "d"}
-        self._layout = struct.Struct("=5q" + "".join(kinds[k] for k in source.parameters[_FIRST:]))
+        self._layout = struct.Struct("=6q" + "".join(kinds[k] for k in source.parameters[_FIRST:]))
 
     def __call__(
         self, threads: int, chunks: int, count: int, own: int, own_sums: int, arguments: Sequence[Any]
     ) -> None:
-        """Run `count` rows in chunks, each with `own` bytes to work with, and `own_sums` for its sums.
-
-        With one thread all chunks work with the same bytes.
-        """
+        """Run `count` rows in chunks: `own` bytes to work with for a thread, `own_sums` for a chunk."""
         address, call = self._function
-        if threads == 1:
-            packed = self._layout.pack(0, chunks, count, 0, own_sums, *arguments)
-            call(packed if chunks == 1 else _writable(packed))
+        packed = self._layout.pack(0, 0, chunks, count, own, own_sums, *arguments)
+        if chunks == 1:
+            call(packed)
             return
-        given = _writable(self._layout.pack(0, chunks, count, own, own_sums, *arguments))
+        given = ctypes.create_string_buffer(packed, len(packed))
+        if threads == 1:
+            call(given)
+            return
         start = _openmp()
         if start is not None:
             start(address, given, threads, 0)
@@ -69,10 +70,6 @@ class Kernel:
         except Exception as error:
             raise CodegenError(f"Numba could not compile a kernel: {error}") from error
         return address, _Call(address)
-
-
-def _writable(packed: bytes) -> Any:
-    return ctypes.create_string_buffer(packed, len(packed))
 
 
 # --- threads -----------------------------------------------------------------------------------
@@ -131,10 +128,10 @@ def _entry(symbol: str, rows: str, parameters: str) -> str:
     types = ["i64" if kind == "i" else "double" for kind in parameters]
     pairs = [
         f"%p{n} = getelementptr i64, ptr %given, i64 {n}\n  %v{n} = load {kind}, ptr %p{n}"
-        for n, kind in enumerate(["i64"] * 4 + types[_FIRST:], start=1)
+        for n, kind in enumerate(["i64"] * 5 + types[_FIRST:], start=1)
     ]
     loads = "\n  ".join(pairs)
-    rest = [f"{kind} %v{n}" for n, kind in enumerate(types[_FIRST:], start=5)]
+    rest = [f"{kind} %v{n}" for n, kind in enumerate(types[_FIRST:], start=6)]
     own = [rest[0], "i64 %buffer", rest[2], "i64 %sums", *rest[4:]]
     call = f'call i32 @"{rows}"(ptr %result, ptr %error, i64 {{}}, i64 {{}}, {{}})'
     return f"""
@@ -143,25 +140,28 @@ define void @"{symbol}"(ptr %given) {{
   %result = alloca ptr
   %error = alloca ptr
   {loads}
-  %whole = icmp eq i64 %v1, 1
-  br i1 %whole, label %all, label %next
+  %whole = icmp eq i64 %v2, 1
+  br i1 %whole, label %all, label %share
 all:
-  {call.format("0", "%v2", ", ".join(rest))}
+  {call.format("0", "%v3", ", ".join(rest))}
   ret void
+share:
+  %thread = atomicrmw add ptr %p1, i64 1 monotonic
+  %buffers = mul i64 %thread, %v4
+  %buffer = add i64 %v7, %buffers
+  br label %next
 next:
   %chunk = atomicrmw add ptr %given, i64 1 monotonic
-  %more = icmp slt i64 %chunk, %v1
+  %more = icmp slt i64 %chunk, %v2
   br i1 %more, label %part, label %done
 part:
   %after = add i64 %chunk, 1
-  %begins = mul i64 %chunk, %v2
-  %ends = mul i64 %after, %v2
-  %begin = sdiv i64 %begins, %v1
-  %end = sdiv i64 %ends, %v1
-  %buffers = mul i64 %chunk, %v3
-  %buffer = add i64 %v6, %buffers
-  %before = mul i64 %chunk, %v4
-  %sums = add i64 %v8, %before
+  %begins = mul i64 %chunk, %v3
+  %ends = mul i64 %after, %v3
+  %begin = sdiv i64 %begins, %v2
+  %end = sdiv i64 %ends, %v2
+  %before = mul i64 %chunk, %v5
+  %sums = add i64 %v9, %before
   {call.format("%begin", "%end", ", ".join(own))}
   br label %next
 done:

@@ -40,6 +40,7 @@ STREAM_BYTES = 24 << 20
 _STREAM_ITEM_BYTES = 4
 # Rows of which sums are added one by one; the sums of so many are added pair by pair.
 SUMMED_ROWS, MOST_PARTS = 64, 64
+CHUNKS = 16  # of a thread: where one is held up, others take what is left of its rows
 _MOST_LAUNCHES = 4096  # layouts that a kernel remembers
 _CPU = torch.device("cpu")
 _LINE = 64  # bytes that a streamed output has to be aligned to
@@ -206,13 +207,13 @@ class NumbaKernel(RegionKernel):
         grid, source = launch.grid, launch.compiled.source
         count = grid.rows * grid.columns if grid.flat else grid.rows
         threads = self._threads(launch.nbytes)
-        chunks = max(1, min(count, max(threads, self._parts(count))))
+        chunks = max(1, min(count, self._parts(count, threads)))
         arguments: list[Any] = [*launch.arguments]
         for position, address in zip(launch.addresses, addresses, strict=True):
             arguments[position] = address
         arguments += numbers
         own = source.buffers * launch.pitch + source.tiles * BLOCK * 8
-        work = torch.empty((chunks if threads > 1 else 1) * own, dtype=torch.uint8) if own else None
+        work = torch.empty(threads * own, dtype=torch.uint8) if own else None
         arguments[1:3] = [0 if work is None else work.data_ptr(), launch.pitch]
         if not self.sums:
             launch.compiled(threads, chunks, count, own, 0, arguments)
@@ -224,9 +225,11 @@ class NumbaKernel(RegionKernel):
         totals = parts[0] if chunks == 1 else parts.sum(0)
         return [totals[source.sums.index(self.region.outputs[k].value)] for k in self.sums]
 
-    def _parts(self, rows: int) -> int:
-        """In how many parts rows are summed, so that rounding errors stay as small as those of torch."""
-        return min(-(-rows // SUMMED_ROWS), MOST_PARTS) if self.sums else 1
+    def _parts(self, rows: int, threads: int) -> int:
+        """In how many parts rows are worked on; sums so that their errors stay as small as torch's."""
+        if self.sums:
+            return max(threads, min(-(-rows // SUMMED_ROWS), MOST_PARTS))
+        return 1 if threads == 1 else threads * CHUNKS
 
     def _threads(self, nbytes: int) -> int:
         return 1 if nbytes < PARALLEL_BYTES or _Process.forked else torch.get_num_threads()
