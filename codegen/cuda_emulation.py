@@ -7,16 +7,19 @@ import ctypes
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from graphopt.codegen.backends import MAKERS
 from graphopt.codegen.cuda_form import Size
+from graphopt.codegen.cuda_launch import CudaKernel
+from graphopt.codegen.cuda_runner import Arguments, Runner, Start
 from graphopt.codegen.cuda_source import NAME, Source
 from graphopt.errors import CodegenError
 
-_C_TYPES: dict[str, Any] = {"i": ctypes.c_longlong, "f": ctypes.c_float, "d": ctypes.c_double}
 _FLAGS = ("-std=c++17", "-O1", "-fPIC", "-shared", "-fno-strict-aliasing", "-ffp-contract=off", "-w")
 HEADER = Path(__file__).parent / "emulation.h"
 
@@ -33,13 +36,28 @@ class Emulator:
     def __init__(self, falling: bool = False, sanitizers: tuple[str, ...] = ()) -> None:
         self.falling, self.sanitizers = falling, sanitizers
 
-    def launch(self, source: Source, size: Size, arguments: Sequence[int | float]) -> None:
-        """Run a kernel to its end; CodegenError where it cannot be compiled."""
-        run = _compiled(source, self.sanitizers)
-        values = [_C_TYPES[kind](x) for kind, x in zip(source.parameters, arguments, strict=True)]
-        addresses = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
+    def prepare(self, source: Source, size: Size, fixed: Sequence[int | None]) -> Start:
+        """As `Runner`: each launch runs a kernel to its end."""
+        run, arguments = _compiled(source, self.sanitizers), Arguments(source.parameters, fixed)
         sizes = (ctypes.c_uint * 4)(*size.blocks, *size.threads)
-        run(sizes, int(self.falling), addresses)
+
+        def start(given: Sequence[int | float]) -> None:
+            arguments.set(given)
+            run(sizes, int(self.falling), ctypes.c_void_p(arguments.address))
+
+        return start
+
+
+@contextmanager
+def emulated(runner: Runner | None = None) -> Iterator[None]:
+    """Where tensors on the CPU take the kernels of a GPU, which `runner` emulates."""
+    used = runner or Emulator()
+    before = MAKERS["cpu"]
+    MAKERS["cpu"] = lru_cache(lambda region: CudaKernel(region, used))
+    try:
+        yield
+    finally:
+        MAKERS["cpu"] = before
 
 
 def compiler() -> str | None:

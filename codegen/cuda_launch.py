@@ -16,74 +16,22 @@ CuPy compiles for the device at hand, from compute capability 8.0 on.
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from graphopt.codegen.cuda_form import ACCESS_BYTES, Form, Size, Traits, form_of, size_of
-from graphopt.codegen.cuda_source import NAME, Source, write
-from graphopt.codegen.launching import RegionKernel
-from graphopt.codegen.layout import Grid, grid_of, grid_shape
+from graphopt.codegen.cuda_form import ACCESS_BYTES, BYTES, Form, Traits, form_of, size_of
+from graphopt.codegen.cuda_runner import CuPyRunner, Runner, Start
+from graphopt.codegen.cuda_source import Source, write
+from graphopt.codegen.launching import Launched, RegionKernel, span
+from graphopt.codegen.layout import Grid, Shape, grid_of, grid_shape, output_shape
 from graphopt.codegen.region import Extent, Gather, Region
 from graphopt.errors import CodegenError
 
 _MOST_LAUNCHES = 4096  # layouts that a kernel remembers
-
-
-class Runner(Protocol):
-    """Where kernels run; `processors` is the number of its multiprocessors."""
-
-    processors: int
-
-    def launch(self, source: Source, size: Size, arguments: Sequence[int | float]) -> None:
-        """Start a kernel with one argument for each of `Source.parameters`."""
-
-
-class CuPyRunner:
-    """One GPU, through CuPy. Raises CodegenError where there is none, or no CuPy."""
-
-    def __init__(self, index: int) -> None:
-        try:
-            import cupy
-        except ImportError as error:
-            raise CodegenError(f"CUDA kernels need CuPy: pip install graphopt[cuda] ({error})") from error
-        self.cupy, self.index = cupy, index
-        self.processors = torch.cuda.get_device_properties(index).multi_processor_count
-        self._functions: dict[Source, Any] = {}
-        self._streams: dict[int, Any] = {}
-
-    def launch(self, source: Source, size: Size, arguments: Sequence[int | float]) -> None:
-        """Start a kernel on the stream that is torch's current one now."""
-        import numpy as np
-
-        single = np.float32
-        given = [single(x) if k == "f" else x for k, x in zip(source.parameters, arguments, strict=True)]
-        with self.cupy.cuda.Device(self.index):
-            function = self._functions.get(source)
-            if function is None:
-                function = self._functions[source] = self._compile(source)
-            function(size.blocks, size.threads, given, stream=self._stream())
-
-    def _compile(self, source: Source) -> Any:
-        try:
-            return self.cupy.RawKernel(source.text, NAME, options=("-std=c++17",)).kernel
-        except Exception as error:  # CuPy's, of the compiler, the driver or the file system
-            raise CodegenError(f"CuPy could not compile a kernel: {error}") from error
-
-    def _stream(self) -> Any:
-        """CuPy's name for torch's current stream."""
-        current = torch.cuda.current_stream(self.index)
-        known = self._streams.get(current.cuda_stream)
-        if known is None:
-            streams = self.cupy.cuda
-            if hasattr(streams.Stream, "from_external"):
-                known = streams.Stream.from_external(current)
-            else:
-                known = streams.ExternalStream(current.cuda_stream, self.index)
-            self._streams[current.cuda_stream] = known
-        return known
+_UNALIGNED = ACCESS_BYTES - 1  # bits of an address
 
 
 @functools.lru_cache(maxsize=64)
@@ -97,21 +45,42 @@ def cuda_kernel(region: Region) -> "CudaKernel":
     return CudaKernel(region)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Launch:
-    """All that depends on shapes, strides and alignment, but not on addresses."""
+    """All that depends on shapes, strides and alignment, but not on addresses.
+
+    `start` takes addresses, scalars, and where sums over the rows go, which are of the shape `partial`;
+    None on a grid without rows. `stored` has sizes and strides, and the dtype, of the outputs but for
+    these sums. For calls with `out=`, `reach` is how many bytes each tensor spans, `over` are pairs of
+    an input and an output that may lie over it, and at the addresses `clear` nothing is spoilt.
+    """
 
     source: Source
-    size: Size
-    shape: tuple[int, ...]
-    arguments: tuple[int, ...]  # with zeros for addresses
-    addresses: tuple[int, ...]  # positions of these among `arguments`
-    empty: bool
-    columns: int
+    start: Start | None
+    stored: tuple[tuple[tuple[Shape, Shape], torch.dtype], ...]
+    partial: Shape
+    reach: tuple[int, ...] = ()
+    over: frozenset[tuple[int, int]] = frozenset()
+    clear: list[int] | None = None
+
+    def spoilt(self, addresses: Sequence[int], given: int) -> set[int]:
+        """Which of the `given` inputs an output would change before they are read."""
+        found = set()
+        for k, y in enumerate(addresses[given:]):
+            end = y + self.reach[given + k]
+            for n in range(given):
+                x = addresses[n]
+                if x < end and y < x + self.reach[n] and not (x == y and (n, k) in self.over):
+                    found.add(n)
+        if not found:
+            self.clear = [*addresses]
+        return found
 
 
 class CudaKernel(RegionKernel):
     """A region as a callable on tensors of one device; `runner` is where, by default their GPU."""
+
+    points, alignment = True, ACCESS_BYTES
 
     def __init__(self, region: Region, runner: Runner | None = None) -> None:
         super().__init__(region)
@@ -119,6 +88,10 @@ class CudaKernel(RegionKernel):
         self.traits = Traits(region)
         write(region, Form())  # raises what cannot be written
         self._real = getattr(torch, region.math)
+        self._numbers = [(n, getattr(torch, region.inputs[n].dtype)) for n in self.scalars]
+        # Positions of the sums among partial ones, and of outputs that a launch writes.
+        self._parts = [self.traits.sums.index(region.outputs[k].value) for k in self.sums]
+        self._stored = [k for k in range(len(region.outputs)) if k not in self.sums]
         self._launches: dict[Any, _Launch] = {}
 
     def may_lie_over(self, number: int, output: int) -> bool:
@@ -140,119 +113,194 @@ class CudaKernel(RegionKernel):
         self, *inputs: Tensor | float, out: Sequence[Tensor] | None = None
     ) -> tuple[Tensor, ...]:
         """As `RegionKernel`."""
-        read = self.readable(inputs, out)
-        device = self._device(read, out)
-        numbers, pointers = self._numbers(inputs, device)
-        return self.launched_or_by_torch(
-            lambda: self._launched(read, numbers, pointers, out, device), inputs, out
-        )
-
-    def _launched(
-        self,
-        read: list[Tensor],
-        numbers: list[Any],
-        pointers: tuple[str, ...],
-        out: Sequence[Tensor] | None,
-        device: torch.device,
-    ) -> tuple[Tensor, ...]:
-        runner = self.runner or _device(device.index)
-        places = tuple(x.data_ptr() % ACCESS_BYTES for x in (*read, *(out or ())))
-        layout = tuple((x.shape, x.stride()) for x in (*read, *(out or ())))
-        key = (places, layout, pointers, device, out is None)
-        launch = self._launches.get(key)
+        if self.broken:
+            return self.by_torch(inputs, out)
+        tensors: list[Any] = [inputs[n] for n in self.given]
+        if out is not None:
+            tensors += out
+        # All that a launch depends on; of what the tensors are is looked at when one is planned.
+        addresses: list[int] = []
+        key: list[Any] = []
+        for x in tensors:
+            address = x.data_ptr()
+            addresses.append(address)
+            key += (x.shape, x.stride(), x.dtype, x.get_device(), address & _UNALIGNED)
+        numbers, kept = [], []
+        for n, dtype in self._numbers:
+            number = inputs[n]
+            if isinstance(number, Tensor):
+                if number.device == tensors[0].device:
+                    kept.append(number.to(dtype))
+                    key.append(n)
+                    number = kept[-1].data_ptr()
+                else:
+                    number = number.item()
+            numbers.append(number)
+        known = tuple(key)
+        launch = self._launches.get(known)
         if launch is None:
-            launch = self._plan(read, out, pointers, runner)
-            if len(self._launches) >= _MOST_LAUNCHES:
-                self._launches.clear()
-            self._launches[key] = launch
-        results = tuple(out) if out is not None else self.allocate(launch.shape, device)
-        sums = None
+            launch = self._planned(known, inputs, tensors, out)
+            if launch is None:
+                return self.by_torch(inputs, out)
+        if out is None:
+            return self._made(launch, addresses, numbers, tensors[0].device)
+        if addresses != launch.clear and (spoilt := launch.spoilt(addresses, len(self.given))):
+            again = list(inputs)
+            for n in spoilt:
+                again[self.given[n]] = tensors[n].clone()
+            return self(*again, out=out)
         if self.sums:
-            made = torch.empty if launch.source.form.held and not launch.empty else torch.zeros
-            size = (len(self.traits.sums), launch.size.parts, launch.columns)
-            sums = made(size, dtype=self._real, device=device)
-        if not launch.empty:
-            every = [*read, *(y for k, y in enumerate(results) if k not in self.sums)]
-            runner.launch(launch.source, launch.size, self._arguments(launch, every, numbers, sums))
-        if sums is not None:
-            for k in self.sums:
-                results[k].copy_(sums[self.traits.sums.index(self.region.outputs[k].value)].sum(0))
-        return results
+            addresses[len(self.given) :] = [out[k].data_ptr() for k in self._stored]
+        totals = self._started(launch, addresses + numbers, out[0].device)
+        for k, total in zip(self.sums, totals, strict=True):
+            out[k].copy_(total)
+        return tuple(out)
 
-    def _arguments(
-        self, launch: _Launch, every: list[Tensor], numbers: list[Any], sums: Tensor | None
-    ) -> list[int | float]:
-        found: list[int | float] = [*launch.arguments]
-        for position, x in zip(launch.addresses, every, strict=True):
-            found[position] = x.data_ptr()
-        found += [x.data_ptr() if isinstance(x, Tensor) else x for x in numbers]
-        return found if sums is None else [*found, sums.data_ptr()]
+    def _made(
+        self, launch: _Launch, addresses: list[int], numbers: list[Any], device: torch.device
+    ) -> tuple[Tensor, ...]:
+        """The outputs as new tensors."""
+        empty = torch.empty_strided
+        made = [empty(*layout, dtype=dtype, device=device) for layout, dtype in launch.stored]
+        addresses += [y.data_ptr() for y in made]
+        totals = self._started(launch, addresses + numbers, device)
+        for k, total in zip(self.sums, totals, strict=True):
+            made.insert(k, total.to(self.dtypes[k]))
+        return tuple(made)
 
-    # --- what is given -----------------------------------------------------------------------
+    def _started(
+        self, launch: _Launch, given: Sequence[int | float], device: torch.device
+    ) -> Sequence[Tensor]:
+        """Start a kernel with addresses and scalars, and give its sums over the rows."""
+        start = launch.start
+        if not self.sums:
+            if start is not None:
+                start(given)
+            return ()
+        empty = torch.empty if launch.source.form.held and start is not None else torch.zeros
+        partial = empty(launch.partial, dtype=self._real, device=device)
+        if start is not None:
+            start([*given, partial.data_ptr()])
+        return [partial[n].sum(0) for n in self._parts]
 
-    def _device(self, read: list[Tensor], out: Sequence[Tensor] | None) -> torch.device:
-        """The device of all tensors."""
-        if not (read or out):
-            raise CodegenError("a kernel without tensors has no device")
-        device = (read or list(out or ()))[0].device
-        given = self.runner is not None or device.type == "cuda"
-        self.check(read, out, device if given else torch.device("cuda"))
-        return device
+    def fixed(
+        self,
+        shape: Shape,
+        places: Sequence[tuple[Shape, Shape, int]],
+        device: torch.device,
+        pointers: tuple[str, ...],
+    ) -> Launched | None:
+        """As `RegionKernel`."""
+        remainders = [offset % ACCESS_BYTES for _, _, offset in places]
+        grid = self._grid(shape, [p[0] for p in places], [p[1] for p in places])
+        launch = self._launch(grid, shape, remainders, pointers, device)
+        if launch is None:
+            return None
+        if self.sums or launch.start is None:
+            return lambda given: self._started(launch, given, device)
+        start = launch.start
 
-    def _numbers(
-        self, inputs: Sequence[Tensor | float], device: torch.device
-    ) -> tuple[list[Any], tuple[str, ...]]:
-        """Scalars as numbers, or tensors of the device; and the names of the latter."""
-        found: list[Any] = []
-        names = []
-        for n in self.scalars:
-            value, x = self.region.inputs[n], inputs[n]
-            if isinstance(x, Tensor) and x.device == device:
-                names.append(value.name)
-                found.append(x.to(getattr(torch, value.dtype)))
-            else:
-                found.append(x.item() if isinstance(x, Tensor) else x)
-        return found, tuple(names)
+        def launched(given: Sequence[int | float]) -> Sequence[Tensor]:
+            start(given)
+            return ()
+
+        return launched
 
     # --- planning a launch -------------------------------------------------------------------
 
-    def _plan(
+    def _planned(
         self,
-        read: list[Tensor],
+        key: tuple[Any, ...],
+        inputs: Sequence[Tensor | float],
+        tensors: list[Tensor],
         out: Sequence[Tensor] | None,
-        pointers: tuple[str, ...],
-        runner: Runner,
-    ) -> _Launch:
+    ) -> _Launch | None:
+        """The launch for these tensors, from now on known by `key`; None where it cannot be made."""
+        read, device = tensors[: len(self.given)], self._device(tensors, out)
         extents = [self.region.inputs[n].extent for n in self.given]
         shape = grid_shape(extents, [tuple(x.shape) for x in read])
         results = out if out is not None else self.allocate(shape, torch.device("meta"))
-        every = [*read, *(y for k, y in enumerate(results) if k not in self.sums)]
-        kinds = [t.extent for t in self.traits.tensors]
-        grid = grid_of(
-            self.region, shape, kinds, [tuple(x.shape) for x in every], [x.stride() for x in every]
-        )
+        every = [*read, *(results[k] for k in self._stored)]
+        grid = self._grid(shape, [tuple(x.shape) for x in every], [x.stride() for x in every])
         # What torch allocates is aligned; tensors on the meta device have no address.
-        addresses = [0 if x.device.type == "meta" else x.data_ptr() for x in every]
-        form = form_of(self.traits, grid, addresses, pointers)
-        size = size_of(self.traits, grid, form, runner.processors)
-        arguments, positions = _arguments(self.traits, grid, form)
-        source = write(self.region, form)
-        empty = grid.rows == 0
-        return _Launch(source, size, shape, arguments, positions, empty, grid.columns)
+        remainders = [0 if x.device.type == "meta" else x.data_ptr() % ACCESS_BYTES for x in every]
+        pointers = tuple(
+            self.region.inputs[n].name
+            for n in self.scalars
+            if isinstance(x := inputs[n], Tensor) and x.device == device
+        )
+        launch = self._launch(grid, shape, remainders, pointers, device)
+        if launch is None:
+            return None
+        if out is not None:
+            launch = replace(launch, reach=tuple(map(_reach, tensors)), over=self._over(read, out))
+        if len(self._launches) >= _MOST_LAUNCHES:
+            self._launches.clear()
+        self._launches[key] = launch
+        return launch
+
+    def _grid(self, shape: Shape, sizes: Sequence[Shape], strides: Sequence[Shape]) -> Grid:
+        return grid_of(self.region, shape, [t.extent for t in self.traits.tensors], sizes, strides)
+
+    def _device(self, tensors: list[Tensor], out: Sequence[Tensor] | None) -> torch.device:
+        """The device of all tensors; CodegenError where these are not what the region says."""
+        if not tensors:
+            raise CodegenError("a kernel without tensors has no device")
+        device = tensors[0].device
+        given = self.runner is not None or device.type == "cuda"
+        self.check(tensors[: len(self.given)], out, device if given else torch.device("cuda"))
+        return device
+
+    def _over(self, read: list[Tensor], out: Sequence[Tensor]) -> frozenset[tuple[int, int]]:
+        return frozenset(
+            (n, k)
+            for n, x in enumerate(read)
+            for k, y in enumerate(out)
+            if (x.shape, x.stride(), x.dtype) == (y.shape, y.stride(), y.dtype)
+            and self.may_lie_over(self.given[n], k)
+        )
+
+    def _launch(
+        self,
+        grid: Grid,
+        shape: Shape,
+        remainders: Sequence[int],
+        pointers: tuple[str, ...],
+        device: torch.device,
+    ) -> _Launch | None:
+        """A launch for tensors whose addresses leave these remainders; None where it cannot be made."""
+        try:
+            runner = self.runner or _device(device.index)
+            form = form_of(self.traits, grid, remainders, pointers)
+            size = size_of(self.traits, grid, form, runner.processors)
+            source = write(self.region, form)
+            fixed = _arguments(self.traits, grid, form)
+            fixed += (None,) * (len(source.parameters) - len(fixed))
+            start = runner.prepare(source, size, fixed) if grid.rows else None
+        except CodegenError as error:
+            self.give_up(error)
+            return None
+        facts, outputs = self.region.facts, self.region.outputs
+        shapes = [output_shape(facts[outputs[k].value].extent, shape) for k in self._stored]
+        layouts = [(size, torch.empty(size, device="meta").stride()) for size in shapes]
+        stored = tuple((at, self.dtypes[k]) for at, k in zip(layouts, self._stored, strict=True))
+        return _Launch(source, start, stored, (len(self.traits.sums), size.parts, grid.columns))
 
 
-def _arguments(traits: Traits, grid: Grid, form: Form) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The numbers before scalars, and where addresses belong among them."""
-    from graphopt.codegen.cuda_form import BYTES
+def _reach(x: Tensor) -> int:
+    """How many bytes there are from the first element of a tensor to the end of its last."""
+    begin, end = span(x)
+    return end - begin
 
+
+def _arguments(traits: Traits, grid: Grid, form: Form) -> tuple[int | None, ...]:
+    """The arguments before scalars, None for addresses."""
     flat = (1, grid.rows * grid.columns)
-    found: list[int] = [*(flat if form.flat else (grid.rows, grid.columns)), *grid.sizes[1:]]
-    addresses = []
+    found: list[int | None] = [*(flat if form.flat else (grid.rows, grid.columns)), *grid.sizes[1:]]
     for t, steps in zip(traits.tensors, grid.steps, strict=True):
-        addresses.append(len(found))
-        found.append(0)
+        found.append(None)
         if t.extent.by_row and not form.flat:
             found += [step * BYTES[t.dtype] for step in steps[:-1]]
         if t.name in form.strided:
             found.append(steps[-1] * BYTES[t.dtype])
-    return tuple(found), tuple(addresses)
+    return tuple(found)

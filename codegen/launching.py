@@ -1,9 +1,10 @@
 """What the kernels of every backend do around a launch: inputs, results, and torch in case of need."""
 
+import functools
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,14 +15,23 @@ from graphopt.codegen.layout import output_shape
 from graphopt.codegen.region import Extent, Reduce, Region
 from graphopt.errors import CodegenError
 
+# Of a launch for known layouts: takes the addresses of the tensors and then the scalars, gives the sums
+# over rows.
+Launched: TypeAlias = Callable[[Sequence[int | float]], Sequence[Tensor]]
+
 
 class RegionKernel(ABC):
     """A region as a callable on tensors.
 
     Positions among `Region.inputs`: `given` of tensors, `scalars` of numbers. Among `Region.outputs`:
     `sums`, those over the rows, which a launch leaves in parts. `dtypes` are those of the outputs.
-    `broken` says that the kernel could not be made, and that torch operators run instead.
+    `broken` says that the kernel could not be made, and that torch operators run instead. `points` says
+    that scalars may be given as addresses of their numbers on the device, `alignment` of how many bytes
+    addresses are multiples in a launch for known layouts, but for their offsets.
     """
+
+    points = False
+    alignment = 1
 
     def __init__(self, region: Region) -> None:
         self.region = region
@@ -47,6 +57,20 @@ class RegionKernel(ABC):
     @abstractmethod
     def may_lie_over(self, number: int, output: int) -> bool:
         """Whether an output may be written over an input, place for place."""
+
+    @abstractmethod
+    def fixed(
+        self,
+        shape: tuple[int, ...],
+        places: Sequence[tuple[tuple[int, ...], tuple[int, ...], int]],
+        device: torch.device,
+        pointers: tuple[str, ...],
+    ) -> Launched | None:
+        """A launch on a grid of `shape` for tensors at these places; None where that is not worth it.
+
+        `places` has (sizes, strides, bytes from an aligned address) of the inputs but for scalars, then
+        of the outputs but for sums over the rows; `pointers` names scalars that are given as addresses.
+        """
 
     def readable(self, inputs: Sequence[Any], out: Sequence[Tensor] | None) -> list[Any]:
         """The tensors among `inputs`; copied, those that an output would change before they are read."""
@@ -92,12 +116,28 @@ class RegionKernel(ABC):
             try:
                 return launch()
             except CodegenError as error:
-                self.broken = True
-                warnings.warn(f"a region runs by torch operators: {error}", stacklevel=3)
+                self.give_up(error)
+        return self.by_torch(inputs, out)
+
+    def give_up(self, error: CodegenError) -> None:
+        """From now on, torch operators; for the same reason, that is said once."""
+        self.broken = True
+        say(f"a region runs by torch operators: {error}")
+
+    def by_torch(
+        self, inputs: Sequence[Tensor | float], out: Sequence[Tensor] | None
+    ) -> tuple[Tensor, ...]:
+        """The outputs by torch operators, copied to `out` where that is given."""
         found = reference.run(self.region, *inputs)
         for y, x in zip(out or (), found, strict=out is not None):
             y.copy_(x)
         return found if out is None else tuple(out)
+
+
+@functools.cache
+def say(text: str) -> None:
+    """Warn, once for each text."""
+    warnings.warn(text, stacklevel=4)
 
 
 def overlap(x: Tensor, y: Tensor) -> bool:

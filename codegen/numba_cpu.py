@@ -22,7 +22,7 @@ from torch import Tensor
 
 from graphopt.codegen.huge_pages import resident
 from graphopt.codegen.kernel_cache import DEFAULT_CACHE
-from graphopt.codegen.launching import RegionKernel, span
+from graphopt.codegen.launching import Launched, RegionKernel, span
 from graphopt.codegen.layout import Grid, Shape, grid_of, grid_shape
 from graphopt.codegen.native import Kernel
 from graphopt.codegen.numba_forms import BLOCK, BYTES, KNOWN_COLUMNS, Form, Operand, tensors
@@ -185,6 +185,24 @@ class NumbaKernel(RegionKernel):
         return tuple(found), tuple(addresses)
 
     # --- running -----------------------------------------------------------------------------
+
+    def fixed(
+        self,
+        shape: Shape,
+        places: Sequence[tuple[Shape, Shape, int]],
+        device: torch.device,
+        pointers: tuple[str, ...],
+    ) -> Launched | None:
+        """As `RegionKernel`; large outputs are left to calls that look at their memory."""
+        launch = self.planned(shape, [p[0] for p in places], [p[1] for p in places], False)
+        if self.broken or launch.nbytes >= STREAM_BYTES:
+            return None
+        count = len(places)
+
+        def launched(given: Sequence[Any]) -> Sequence[Tensor]:
+            return self.run(launch, given[:count], given[count:])
+
+        return launched
 
     def _run(
         self,

@@ -231,24 +231,25 @@ def dropout(dtype: Dtype) -> Region:
 
 
 @functools.cache
-def adamw(dtype: Dtype) -> Region:
+def adamw(dtype: Dtype, moments: Dtype | None = None) -> Region:
     """One step of AdamW: new parameter, and first and second moment (Loshchilov and Hutter, 2019).
 
-    `correction1` is `1 - beta1**t`, `correction2` the square root of `1 - beta2**t`.
+    `moments` are by default kept in the dtype of the computation. Scalars, exact as float64 before they
+    are rounded: `keep` is `1 - lr * decay`, `rest1` and `rest2` are `1 - beta1` and `1 - beta2`,
+    `correction` is the square root of `1 - beta2**t`, and `step` is `lr / (1 - beta1**t)`.
     """
     b, kind = _builder(dtype)
     p, g = b.input("parameter", dtype), b.input("gradient", dtype)
-    m, v = b.input("first", kind), b.input("second", kind)
-    names = ("lr", "beta1", "beta2", "eps", "decay", "correction1", "correction2")
-    lr, beta1, beta2, eps, decay, correction1, correction2 = (
+    m, v = b.input("first", moments or kind), b.input("second", moments or kind)
+    names = ("keep", "beta2", "rest1", "rest2", "eps", "correction", "step")
+    keep, beta2, rest1, rest2, eps, correction, step = (
         b.input(name, "float64", SCALAR) for name in names
     )
-    m = m + (g - m) * (1.0 - beta1)
-    v = v * beta2 + g * g * (1.0 - beta2)
-    step = m / (b.apply("sqrt", v) / correction2 + eps)
-    p = p * (1.0 - lr * decay) - step * (lr / correction1)
+    m = m + (g - m) * rest1
+    v = v * beta2 + g * g * rest2
+    p = p * keep - m / (b.apply("sqrt", v) / correction + eps) * step
     return b.region(
         b.output("new_parameter", p, dtype),
-        b.output("new_first", m, kind),
-        b.output("new_second", v, kind),
+        b.output("new_first", m, moments or kind),
+        b.output("new_second", v, moments or kind),
     )

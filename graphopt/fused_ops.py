@@ -11,16 +11,17 @@ that hold their backward.
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._C._dynamo import guards
 
-from graphopt.codegen import reference
-from graphopt.codegen.cuda_launch import cuda_kernel
+from graphopt.codegen.backends import kernel_on
 from graphopt.codegen.huge_pages import advised
-from graphopt.codegen.numba_cpu import STREAM_BYTES, Launch, compile_region
+from graphopt.codegen.launching import Launched, RegionKernel
 from graphopt.codegen.region import Extent, Reduce, Region, cost
 from graphopt.codegen.region_text import from_data, to_data
 from graphopt.codegen.stages import may_overwrite
@@ -28,6 +29,9 @@ from graphopt.custom_ops import register
 from graphopt.errors import CodegenError
 
 Ints = tuple[int, ...]
+# A launch: gives the made tensors, or None where another way is needed.
+_Ready = Callable[[Sequence[Tensor]], list[Tensor] | None]
+_STRIDE, _ADDRESS = Tensor.stride, Tensor.data_ptr
 
 
 @dataclass(frozen=True)
@@ -164,68 +168,109 @@ class FusedCall:
         self.fused, self.over = fused, over
         self.__name__ = self.__qualname__ = "fused"
         self._strides = [x.strides for x in fused.given]
-        self._ready: _Ready | None = None
+        self._ready: dict[int, _Ready] = {}
+
+    def __reduce__(self) -> Any:
+        """Without what was found for the tensors of this process."""
+        return FusedCall, (self.fused, self.over)
 
     def __call__(self, *inputs: Tensor) -> list[Tensor]:
         """The made tensors."""
-        if [x.stride() for x in inputs] != self._strides:
+        if [*map(_STRIDE, inputs)] != self._strides:
             inputs = tuple(map(_in_layout, inputs, self.fused.given))
-        results = self._made(inputs)
-        ready = self._ready
-        if ready is None or not ready.run(inputs, results):
+        index = inputs[0].get_device()
+        ready = self._ready.get(index)
+        results = None if ready is None else ready(inputs)
+        if results is None:
+            results = self._made(inputs)
             _run(self.fused, inputs, results)
-            if ready is None and inputs[0].device.type == "cpu":
-                self._ready = _Ready(self.fused)
+            if ready is None:
+                self._ready[index] = _ready(self.fused, inputs, self.over)
         return results
 
     def _made(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        results = []
-        for number, (dtype, sizes, strides) in enumerate(self._layouts):
+        device, results = inputs[0].device, []
+        for number, (sizes, strides, dtype) in enumerate(_layouts(self.fused)):
             if self.over is not None and self.over[1] == number:
-                source = inputs[self.over[0]]
-                results.append(source.as_strided(sizes, strides))
+                results.append(inputs[self.over[0]].as_strided(sizes, strides))
             else:
-                device = inputs[0].device
-                results.append(advised(torch.empty_strided(sizes, strides, dtype=dtype, device=device)))
+                made = torch.empty_strided(sizes, strides, dtype=dtype, device=device)
+                results.append(advised(made))
         return results
 
-    @functools.cached_property
-    def _layouts(self) -> list[tuple[torch.dtype, Ints, Ints]]:
-        return [(getattr(torch, m.dtype), m.sizes, m.strides) for m in self.fused.made]
+
+def _layouts(fused: Fused) -> list[tuple[Ints, Ints, torch.dtype]]:
+    return [(m.sizes, m.strides, getattr(torch, m.dtype)) for m in fused.made]
 
 
-class _Ready:
-    """A launch on CPU tensors."""
+def _ready(fused: Fused, inputs: Sequence[Tensor], over: tuple[int, int] | None) -> _Ready:
+    """A launch for tensors on the device of these, in the layouts that the kernel was written for.
 
-    def __init__(self, fused: Fused) -> None:
-        kernel, region = compile_region(fused.region), fused.region
-        self.kernel = kernel
-        self.scalars = [fused.reads[n].tensor for n in kernel.scalars]
-        self.reads = [
-            (fused.reads[n].tensor, fused.reads[n].offset * _itemsize(region.inputs[n].dtype))
-            for n in kernel.given
+    It makes tensors as Inductor's generated code does, at half the cost of `torch.empty_strided`; on a
+    GPU these are on the current one.
+    """
+    device, index = inputs[0].device, inputs[0].get_device()
+    kernel = kernel_on(fused.region, device)
+    scalars = [fused.reads[n].tensor for n in kernel.scalars]
+    wanted = [(device, getattr(torch, fused.region.inputs[n].dtype)) for n in kernel.scalars]
+    pointed = kernel.points and wanted == [(inputs[t].device, inputs[t].dtype) for t in scalars]
+    launch, taken, offsets = _fixed(fused, kernel, device, len(inputs), pointed)
+    if launch is None:
+        return lambda inputs: None
+    taken += scalars if pointed else []
+    offsets += [0] * (len(taken) - len(offsets))
+    as_given, moved = taken == [*range(len(inputs) + len(fused.made))], any(offsets)
+    empty: Any = getattr(guards, f"_empty_strided_{device.type}")
+    current = torch._C._cuda_getDevice if device.type == "cuda" else None
+    layouts, (source, target) = _layouts(fused), over or (0, -1)
+    tensors, unaligned = {fused.reads[n].tensor for n in kernel.given}, kernel.alignment - 1
+    sums = [fused.writes[k] for k in kernel.sums]
+
+    def run(inputs: Sequence[Tensor]) -> list[Tensor] | None:
+        if current is not None and current() != index:
+            return None
+        made = [
+            empty(*layout) if n != target else inputs[source].as_strided(*layout[:2])
+            for n, layout in enumerate(layouts)
         ]
-        stored = [k for k in range(len(region.outputs)) if k not in kernel.sums]
-        self.writes = [
-            (fused.writes[k].tensor, fused.writes[k].offset * _itemsize(region.outputs[k].dtype))
-            for k in stored
-        ]
-        self.sums = [fused.writes[k] for k in kernel.sums]
-        places = [fused.reads[n] for n in kernel.given] + [fused.writes[k] for k in stored]
-        sizes, strides = [p.sizes for p in places], [p.strides for p in places]
-        self.launch: Launch = kernel.planned(fused.grid, sizes, strides, False)
-        self.usable = not kernel.broken and self.launch.nbytes < STREAM_BYTES
+        given: list[Any] = [*map(_ADDRESS, inputs), *map(_ADDRESS, made)]
+        together = 0
+        for t in tensors:
+            together |= given[t]
+        if together & unaligned:
+            return None
+        if not as_given:
+            given = [given[t] for t in taken]
+        if moved:
+            given = [*map(int.__add__, given, offsets)]
+        for t in scalars:
+            if not pointed:
+                given.append(inputs[t].item())
+            elif inputs[t].get_device() != index:
+                return None
+        totals = launch(given)
+        for place, total in zip(sums, totals, strict=True) if sums else ():
+            _viewed(made[place.tensor], place).copy_(total)
+        return made
 
-    def run(self, inputs: Sequence[Tensor], results: Sequence[Tensor]) -> bool:
-        """Launch; False where another way is needed."""
-        if not self.usable:
-            return False
-        addresses = [inputs[t].data_ptr() + offset for t, offset in self.reads]
-        addresses += [results[t].data_ptr() + offset for t, offset in self.writes]
-        numbers = [inputs[t].item() for t in self.scalars]
-        for place, total in zip(self.sums, self.kernel.run(self.launch, addresses, numbers), strict=True):
-            _viewed(results[place.tensor], place).copy_(total)
-        return True
+    return run
+
+
+def _fixed(
+    fused: Fused, kernel: RegionKernel, device: torch.device, inputs: int, pointed: bool
+) -> tuple[Launched | None, list[int], list[int]]:
+    """A launch for fixed layouts, which tensors it takes (made ones counted on), and from which bytes."""
+    region = fused.region
+    stored = [k for k in range(len(region.outputs)) if k not in kernel.sums]
+    reads = [(fused.reads[n], region.inputs[n].dtype) for n in kernel.given]
+    writes = [(fused.writes[k], region.outputs[k].dtype) for k in stored]
+    offsets = [place.offset * _itemsize(dtype) for place, dtype in (*reads, *writes)]
+    taken = [place.tensor for place, _ in reads]
+    taken += [inputs + place.tensor for place, _ in writes]
+    names = tuple(region.inputs[n].name for n in kernel.scalars if pointed)
+    every = [place for place, _ in (*reads, *writes)]
+    places = [(p.sizes, p.strides, offset) for p, offset in zip(every, offsets, strict=True)]
+    return kernel.fixed(fused.grid, places, device, names), taken, offsets
 
 
 def _run(fused: Fused, inputs: Sequence[Tensor], results: Sequence[Tensor]) -> None:
@@ -236,14 +281,7 @@ def _run(fused: Fused, inputs: Sequence[Tensor], results: Sequence[Tensor]) -> N
         x = inputs[place.tensor]
         given.append(x.reshape(()) if value.extent is Extent.SCALAR else _viewed(x, place))
     out = [_viewed(results[place.tensor], place) for place in fused.writes]
-    device = inputs[0].device.type
-    if device == "cpu":
-        compile_region(region)(*given, out=out)
-    elif device == "cuda":
-        cuda_kernel(region)(*given, out=out)
-    else:
-        for y, x in zip(out, reference.run(region, *given), strict=True):
-            y.copy_(x)
+    kernel_on(region, inputs[0].device)(*given, out=out)
 
 
 def _in_layout(x: Tensor, layout: Layout) -> Tensor:

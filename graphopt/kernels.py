@@ -1,23 +1,26 @@
 """Fused layers as functions and as operators of a graph: `torch.ops.graphopt.kernel_*`.
 
-Each runs as one generated kernel on CPU tensors and by torch operators elsewhere, has gradients, and can
-be traced and compiled. Numbers are computed in float32 (float64 for float64) and rounded once, when a
-result is stored. Tensors of one call have one dtype: float32, float64, bfloat16 or float16.
+Each runs as one generated kernel: Numba's on CPU tensors, CUDA C on those of a GPU, torch operators
+elsewhere, and after one warning where a kernel cannot be made. It has gradients, and can be traced,
+compiled and exported. Numbers are computed in float32 (float64 for float64) and rounded once, when a
+result is stored.
+
+Tensors of one call have one dtype: float32, float64, bfloat16 or float16. Under `torch.autocast` they
+may differ: as that does for these layers on a GPU, norms, `softmax` and cross-entropies take float32
+then, the others the widest dtype of what they are given. float64 is never cast.
 """
 
-from collections.abc import Callable
+import functools
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from graphopt.codegen import reference, regions
-from graphopt.codegen.numba_cpu import compile_region
-from graphopt.codegen.region import Region
+from graphopt import kernel_ops  # registers the operators
+from graphopt.errors import CodegenError
 
-ops = torch.ops.graphopt
-Pair = tuple[Tensor, Tensor]
-Triple = tuple[Tensor, Tensor, Tensor]
+ops = kernel_ops.ops
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 # --- functions ---------------------------------------------------------------------------------
@@ -34,29 +37,34 @@ def rms_norm(
     >>> out.shape, float(total[0, 0])
     (torch.Size([2, 8]), 2.0)
     """
+    x, weight, residual = _alike("rms_norm", torch.float32, x=x, weight=weight, residual=residual)
     out, total, _ = ops.kernel_rms_norm(x, residual, weight, eps)
     return out if residual is None else (out, total)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
     """`x` (.., D) less its mean, over its deviation, times `weight` (D,), plus `bias` (D,)."""
-    out: Tensor = ops.kernel_layer_norm(x, weight, bias, eps)[0]
+    given = _alike("layer_norm", torch.float32, x=x, weight=weight, bias=bias)
+    out: Tensor = ops.kernel_layer_norm(*given, eps)[0]
     return out
 
 
 def softmax(x: Tensor) -> Tensor:
     """The softmax over the last dimension."""
-    out: Tensor = ops.kernel_softmax(x)
+    out: Tensor = ops.kernel_softmax(*_alike("softmax", torch.float32, x=x))
     return out
 
 
 def cross_entropy(
     logits: Tensor, target: Tensor, ignore_index: int = -100, reduction: Literal["mean", "sum"] = "mean"
 ) -> Tensor:
-    """The cross-entropy of `logits` (N, V) and targets (N,), of the dtype of the logits.
+    """The cross-entropy of `logits` (N, V) and targets (N,) of int64, of the dtype of the logits.
 
-    Where a gradient will be asked for, the same sweep over the logits makes it.
+    Where a gradient will be asked for, the same sweep over the logits makes it. Targets that are no
+    column raise IndexError on a CPU; on a GPU, where looking would wait for it, they count as a logit
+    of 0.
     """
+    (logits,) = _alike("cross_entropy", torch.float32, logits=logits)
     wanted = logits.requires_grad and torch.is_grad_enabled()
     factor = _factor(target, ignore_index, reduction)
     loss: Tensor = ops.kernel_cross_entropy(logits, target, factor, ignore_index, wanted)[0]
@@ -65,15 +73,16 @@ def cross_entropy(
 
 def cross_entropy_with_gradient(
     logits: Tensor, target: Tensor, ignore_index: int = -100, reduction: Literal["mean", "sum"] = "mean"
-) -> Pair:
+) -> tuple[Tensor, Tensor]:
     """The cross-entropy of `logits` (N, V) and targets (N,), and its gradient (N, V)."""
+    (logits,) = _alike("cross_entropy_with_gradient", torch.float32, logits=logits)
     factor = _factor(target, ignore_index, reduction)
-    found: Pair = ops.kernel_cross_entropy(logits.detach(), target, factor, ignore_index, True)
-    return found
+    loss, gradient = ops.kernel_cross_entropy(logits.detach(), target, factor, ignore_index, True)
+    return loss, gradient
 
 
 def _factor(target: Tensor, ignore_index: int, reduction: str) -> Tensor:
-    """What the sum of the losses is multiplied by."""
+    """What the sum of the losses is multiplied by; it stays on the device."""
     if reduction == "sum":
         return torch.ones((), dtype=torch.float64, device=target.device)
     return (target != ignore_index).sum(dtype=torch.float64).reciprocal()
@@ -81,7 +90,7 @@ def _factor(target: Tensor, ignore_index: int, reduction: str) -> Tensor:
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """`silu(gate) * up`, both of one shape."""
-    out: Tensor = ops.kernel_swiglu(gate, up)
+    out: Tensor = ops.kernel_swiglu(*_alike("swiglu", gate=gate, up=up))
     return out
 
 
@@ -89,7 +98,8 @@ def bias_gelu_residual(
     x: Tensor, bias: Tensor, residual: Tensor, approximate: Literal["none", "tanh"] = "none"
 ) -> Tensor:
     """`gelu(x + bias) + residual`: x and residual (.., D), bias (D,)."""
-    out: Tensor = ops.kernel_bias_gelu_residual(x, bias, residual, approximate)
+    given = _alike("bias_gelu_residual", x=x, bias=bias, residual=residual)
+    out: Tensor = ops.kernel_bias_gelu_residual(*given, approximate)
     return out
 
 
@@ -98,296 +108,121 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     `cos` and `sin` may have D columns, where both halves are the same. They get no gradient.
     """
+    x, cos, sin = _alike("rotary", x=x, cos=cos, sin=sin)
     half = x.shape[-1] // 2
     out: Tensor = ops.kernel_rotary(x, cos[..., :half], sin[..., :half])
     return out
 
 
-# --- what the operators run --------------------------------------------------------------------
+def dropout(x: Tensor, p: float = 0.5, seed: Tensor | int | None = None) -> Tensor:
+    """`x`, each number 0 with probability `p`, the others over `1 - p`; the same for the same `seed`.
 
+    The backward draws the same numbers again, so that no mask is kept. A `seed` is an integer, or a
+    tensor of one int64; without one, torch's generator of the device gives it.
 
-def _dtype(x: Tensor) -> Any:
-    return str(x.dtype).removeprefix("torch.")
-
-
-def _run(region: Region, *inputs: Any) -> tuple[Tensor, ...]:
-    """The outputs of a region, on the device of its first input."""
-    if inputs[0].device.type == "cpu":
-        return compile_region(region)(*inputs)
-    return reference.run(region, *inputs)
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _present(*inputs: Any) -> list[Any]:
-    return [x for x in inputs if x is not None]
-
-
-def _rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float) -> Triple:
-    region = regions.rms_norm(_dtype(x), residual is not None, weight is not None, saved=True)
-    found = _run(region, *_present(x, residual, eps, weight))
-    out, *total, scale = found
-    return out, total[0] if total else x.new_empty(0), scale
-
-
-def _rms_norm_like(x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float) -> Triple:
-    total = x.new_empty(0 if residual is None else x.shape)
-    return x.new_empty(x.shape), total, x.new_empty(x.shape[:-1], dtype=_wide(x))
-
-
-def _rms_norm_backward(
-    grad: Tensor, h: Tensor, scale: Tensor, weight: Tensor | None, dsum: Tensor | None
-) -> Pair:
-    region = regions.rms_norm_backward(_dtype(h), dsum is not None, weight is not None)
-    found = _run(region, *_present(grad, h, scale, weight, dsum))
-    return found[0], found[1].to(h.dtype) if weight is not None else h.new_empty(0)
-
-
-def _rms_norm_backward_like(grad: Tensor, h: Tensor, *more: Any) -> Pair:
-    weight = more[1]
-    return h.new_empty(h.shape), h.new_empty(0 if weight is None else weight.shape)
-
-
-def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Triple:
-    region = regions.layer_norm(_dtype(x))
-    return _run(region, x, eps, weight, bias)  # type: ignore[return-value]
-
-
-def _layer_norm_like(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Triple:
-    row = x.new_empty(x.shape[:-1], dtype=_wide(x))
-    return x.new_empty(x.shape), row, torch.empty_like(row)
-
-
-def _layer_norm_backward(grad: Tensor, x: Tensor, mean: Tensor, scale: Tensor, weight: Tensor) -> Triple:
-    dx, dweight, dbias = _run(regions.layer_norm_backward(_dtype(x)), grad, x, mean, scale, weight)
-    return dx, dweight.to(x.dtype), dbias.to(x.dtype)
-
-
-def _layer_norm_backward_like(
-    grad: Tensor, x: Tensor, mean: Tensor, scale: Tensor, weight: Tensor
-) -> Triple:
-    return x.new_empty(x.shape), torch.empty_like(weight), torch.empty_like(weight)
-
-
-def _softmax(x: Tensor) -> Tensor:
-    return _run(regions.softmax(_dtype(x)), x)[0]
-
-
-def _softmax_backward(grad: Tensor, out: Tensor) -> Tensor:
-    return _run(regions.softmax_backward(_dtype(out)), grad, out)[0]
-
-
-def _cross_entropy(logits: Tensor, target: Tensor, factor: Tensor, ignore: int, wanted: bool) -> Pair:
-    if target.device.type == "cpu":
-        wrong = (target != ignore) & ((target < 0) | (target >= logits.shape[-1]))
-        if bool(wrong.any()):
-            raise IndexError(f"Target {int(target[wrong][0])} is out of bounds.")
-    region = regions.cross_entropy(_dtype(logits), wanted)
-    found = _run(region, logits, target, ignore, *([factor] if wanted else []))
-    loss = (found[0].sum(dtype=torch.float64) * factor).to(logits.dtype)
-    return loss, found[1] if wanted else logits.new_empty(0)
-
-
-def _cross_entropy_like(
-    logits: Tensor, target: Tensor, factor: Tensor, ignore: int, wanted: bool
-) -> Pair:
-    return logits.new_empty(()), logits.new_empty(logits.shape if wanted else 0)
-
-
-def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    return _run(regions.swiglu(_dtype(gate)), gate, up)[0]
-
-
-def _swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> Pair:
-    return _run(regions.swiglu_backward(_dtype(gate)), grad, gate, up)  # type: ignore[return-value]
-
-
-def _bias_gelu_residual(x: Tensor, bias: Tensor, residual: Tensor, approximate: Any) -> Tensor:
-    return _run(regions.bias_gelu_residual(_dtype(x), approximate), x, bias, residual)[0]
-
-
-def _bias_gelu_residual_backward(grad: Tensor, x: Tensor, bias: Tensor, approximate: Any) -> Pair:
-    region = regions.bias_gelu_residual_backward(_dtype(x), approximate)
-    dx, dbias = _run(region, grad, x, bias)
-    return dx, dbias.to(x.dtype)
-
-
-def _rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    region, halves = regions.rotary(_dtype(x)), x.chunk(2, -1)
-    if x.device.type != "cpu":
-        return torch.cat(reference.run(region, *halves, cos, sin), -1)
-    out = x.new_empty(x.shape)
-    compile_region(region)(*halves, cos, sin, out=out.chunk(2, -1))
+    >>> x = torch.ones(4, 8)
+    >>> bool((dropout(x, 0.5, seed=3) == dropout(x, 0.5, seed=3)).all())
+    True
+    """
+    if not 0 <= p <= 1:
+        raise ValueError(f"dropout with probability {p}: it is between 0 and 1")
+    (x,) = _alike("dropout", x=x)
+    if seed is None:
+        seed = torch.randint(2**63 - 1, (), device=x.device)
+    elif not isinstance(seed, Tensor):
+        seed = torch.tensor(seed)
+    out: Tensor = ops.kernel_dropout(x, seed, p)
     return out
 
 
-def _first_like(x: Tensor, *_: Any) -> Tensor:
-    return x.new_empty(x.shape)
+# --- one step of an optimizer ------------------------------------------------------------------
 
 
-def _two_like(grad: Tensor, x: Tensor, y: Tensor, *_: Any) -> Pair:
-    return x.new_empty(x.shape), y.new_empty(y.shape)
+def adamw_(
+    parameter: Tensor,
+    gradient: Tensor,
+    first: Tensor,
+    second: Tensor,
+    step: int,
+    *,
+    lr: float = 1e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 1e-2,
+) -> None:
+    """Step number `step`, from 1 on, of AdamW: `parameter` and its moments change, read and written once.
+
+    All four are of one shape, and of one dtype, but for moments in float32 of a narrower parameter.
+    Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019.
+    """
+    _alike("adamw_", parameter=parameter, gradient=gradient)
+    _alike("adamw_", first=first, second=second)
+    if (
+        first.dtype not in (parameter.dtype, torch.float32)
+        or parameter.dtype == torch.float64 != first.dtype
+    ):
+        raise CodegenError(f"adamw_: moments in {first.dtype} of a parameter in {parameter.dtype}")
+    shapes = {x.shape for x in (parameter, gradient, first, second)}
+    if len(shapes) != 1:
+        raise CodegenError(f"adamw_: tensors of different shapes: {[*map(tuple, shapes)]}")
+    ops.kernel_adamw_(parameter, gradient, first, second, lr, *betas, eps, weight_decay, step)
 
 
-# --- gradients ---------------------------------------------------------------------------------
+class AdamW(torch.optim.AdamW):
+    """`torch.optim.AdamW` with one kernel for each parameter, without `amsgrad` and `maximize`.
+
+    Its state is that of torch's, so that either goes on from a checkpoint of the other.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+    ) -> None:
+        super().__init__(params, lr, betas, eps, weight_decay)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """As any optimizer's: change all parameters that have a gradient; gives what `closure` does."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            if group["amsgrad"] or group["maximize"]:
+                raise CodegenError("AdamW: neither amsgrad nor maximize")
+            options = {name: group[name] for name in ("betas", "eps", "weight_decay")}
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["step"] = torch.tensor(0.0)
+                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+                state["step"] += 1
+                moments, step = (state["exp_avg"], state["exp_avg_sq"]), int(state["step"])
+                adamw_(p, p.grad, *moments, step, lr=float(group["lr"]), **options)
+        return loss
 
 
-def _rms_norm_setup(ctx: Any, inputs: Any, output: Any) -> None:
-    x, residual, weight, _ = inputs
-    _, total, scale = output
-    ctx.save_for_backward(x if residual is None else total, scale, weight)
-    ctx.added = residual is not None
-    ctx.mark_non_differentiable(scale)
-    ctx.set_materialize_grads(False)
+# --- dtypes ------------------------------------------------------------------------------------
 
 
-def _rms_norm_gradient(ctx: Any, grad: Tensor | None, dsum: Tensor | None, _: Any) -> Any:
-    h, scale, weight = ctx.saved_tensors
-    if grad is None:
-        grad = torch.zeros_like(h)
-    dh, dweight = ops.kernel_rms_norm_backward(grad, h, scale, weight, dsum if ctx.added else None)
-    return dh, dh if ctx.added else None, None if weight is None else dweight, None
+def _alike(name: str, autocast: torch.dtype | None = None, **given: Tensor | None) -> list[Any]:
+    """The tensors, all of one dtype; CodegenError names them where that is not so.
 
-
-def _layer_norm_setup(ctx: Any, inputs: Any, output: Any) -> None:
-    x, weight, _, _ = inputs
-    ctx.save_for_backward(x, output[1], output[2], weight)
-    ctx.mark_non_differentiable(output[1], output[2])
-
-
-def _layer_norm_gradient(ctx: Any, grad: Tensor, *_: Any) -> Any:
-    return *ops.kernel_layer_norm_backward(grad, *ctx.saved_tensors), None
-
-
-def _softmax_setup(ctx: Any, inputs: Any, output: Any) -> None:
-    ctx.save_for_backward(output)
-
-
-def _softmax_gradient(ctx: Any, grad: Tensor) -> Any:
-    return ops.kernel_softmax_backward(grad, *ctx.saved_tensors)
-
-
-def _cross_entropy_setup(ctx: Any, inputs: Any, output: Any) -> None:
-    ctx.save_for_backward(output[1])
-    ctx.mark_non_differentiable(output[1])
-
-
-def _cross_entropy_gradient(ctx: Any, grad: Tensor, _: Any) -> Any:
-    (gradient,) = ctx.saved_tensors
-    if gradient.numel() == 0:
-        raise RuntimeError("the loss was made without its gradient; ask for it with requires_grad")
-    unit = type(grad) is Tensor and grad.device.type == "cpu" and bool(grad == 1)  # else it is traced
-    return gradient if unit else gradient * grad, None, None, None, None
-
-
-def _swiglu_setup(ctx: Any, inputs: Any, output: Any) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _swiglu_gradient(ctx: Any, grad: Tensor) -> Any:
-    return tuple(ops.kernel_swiglu_backward(grad, *ctx.saved_tensors))
-
-
-def _bias_gelu_residual_setup(ctx: Any, inputs: Any, output: Any) -> None:
-    x, bias, _, ctx.approximate = inputs
-    ctx.save_for_backward(x, bias)
-
-
-def _bias_gelu_residual_gradient(ctx: Any, grad: Tensor) -> Any:
-    dx, dbias = ops.kernel_bias_gelu_residual_backward(grad, *ctx.saved_tensors, ctx.approximate)
-    return dx, dbias, grad, None
-
-
-def _rotary_setup(ctx: Any, inputs: Any, output: Any) -> None:
-    ctx.save_for_backward(*inputs[1:])
-
-
-def _rotary_gradient(ctx: Any, grad: Tensor) -> Any:
-    cos, sin = ctx.saved_tensors
-    return ops.kernel_rotary(grad, cos, -sin), None, None
-
-
-# --- registration ------------------------------------------------------------------------------
-
-_LIBRARY = torch.library.Library("graphopt", "FRAGMENT")
-Function = Callable[..., Any]
-
-
-def _register(name: str, schema: str, body: Function, like: Function, *gradient: Function) -> None:
-    """Define `kernel_<name>`; `gradient` is what saves values for the backward, and the backward."""
-    name = f"kernel_{name}"
-    _LIBRARY.define(name + schema, tags=(torch.Tag.needs_fixed_stride_order,))
-    torch.library.impl(_LIBRARY, name, "CompositeExplicitAutograd")(body)
-    torch.library.register_fake(f"graphopt::{name}", like, lib=_LIBRARY)
-    if gradient:
-        setup, backward = gradient
-        full = f"graphopt::{name}"
-        torch.library.register_autograd(full, backward, setup_context=setup, lib=_LIBRARY)
-
-
-_register(
-    "rms_norm",
-    "(Tensor x, Tensor? residual, Tensor? weight, float eps) -> (Tensor out, Tensor total, Tensor scale)",
-    _rms_norm,
-    _rms_norm_like,
-    _rms_norm_setup,
-    _rms_norm_gradient,
-)
-_register(
-    "rms_norm_backward",
-    "(Tensor grad, Tensor h, Tensor scale, Tensor? weight, Tensor? dsum) -> (Tensor dh, Tensor dweight)",
-    _rms_norm_backward,
-    _rms_norm_backward_like,
-)
-_register(
-    "layer_norm",
-    "(Tensor x, Tensor weight, Tensor bias, float eps) -> (Tensor out, Tensor mean, Tensor scale)",
-    _layer_norm,
-    _layer_norm_like,
-    _layer_norm_setup,
-    _layer_norm_gradient,
-)
-_register(
-    "layer_norm_backward",
-    "(Tensor grad, Tensor x, Tensor mean, Tensor scale, Tensor weight) "
-    "-> (Tensor dx, Tensor dweight, Tensor dbias)",
-    _layer_norm_backward,
-    _layer_norm_backward_like,
-)
-_register("softmax", "(Tensor x) -> Tensor", _softmax, _first_like, _softmax_setup, _softmax_gradient)
-_register("softmax_backward", "(Tensor grad, Tensor out) -> Tensor", _softmax_backward, _first_like)
-_register(
-    "cross_entropy",
-    "(Tensor logits, Tensor target, Tensor factor, int ignore, bool wanted) "
-    "-> (Tensor loss, Tensor gradient)",
-    _cross_entropy,
-    _cross_entropy_like,
-    _cross_entropy_setup,
-    _cross_entropy_gradient,
-)
-_swiglu_parts = (_swiglu, _first_like, _swiglu_setup, _swiglu_gradient)
-_register("swiglu", "(Tensor gate, Tensor up) -> Tensor", *_swiglu_parts)
-_register(
-    "swiglu_backward",
-    "(Tensor grad, Tensor gate, Tensor up) -> (Tensor dgate, Tensor dup)",
-    _swiglu_backward,
-    _two_like,
-)
-_register(
-    "bias_gelu_residual",
-    "(Tensor x, Tensor bias, Tensor residual, str approximate) -> Tensor",
-    _bias_gelu_residual,
-    _first_like,
-    _bias_gelu_residual_setup,
-    _bias_gelu_residual_gradient,
-)
-_register(
-    "bias_gelu_residual_backward",
-    "(Tensor grad, Tensor x, Tensor bias, str approximate) -> (Tensor dx, Tensor dbias)",
-    _bias_gelu_residual_backward,
-    _two_like,
-)
-_rotary_parts = (_rotary, _first_like, _rotary_setup, _rotary_gradient)
-_register("rotary", "(Tensor x, Tensor cos, Tensor sin) -> Tensor", *_rotary_parts)
+    Under autocast they are cast: to the dtype `autocast`, or else to the widest of theirs.
+    """
+    tensors = {key: x for key, x in given.items() if x is not None}
+    first, *others = [x.dtype for x in tensors.values()]
+    if torch.is_autocast_enabled(next(iter(tensors.values())).device.type):
+        to = autocast or functools.reduce(torch.promote_types, others, first)
+        given = {k: x if x is None or x.dtype == torch.float64 else x.to(to) for k, x in given.items()}
+        first, *others = [x.dtype for x in given.values() if x is not None]
+    if first not in _DTYPES or any(dtype != first for dtype in others):
+        names = ", ".join(f"{key} is {str(x.dtype)[6:]}" for key, x in tensors.items())
+        raise CodegenError(f"{name}: {names}; tensors of one call have one dtype, of floats")
+    return [*given.values()]

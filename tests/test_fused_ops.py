@@ -1,5 +1,7 @@
 """The fused operator: registered well, exact text, called over dead operands, other layouts copied."""
 
+import pickle
+
 import pytest
 import torch
 from hypothesis import Phase, given, settings
@@ -54,7 +56,9 @@ def test_calls(over: tuple[int, int] | None) -> None:
         (found,) = call(*inputs)
         torch.testing.assert_close(found, expected)
         assert (over is not None) == any(found.data_ptr() == x.data_ptr() for x in inputs)
-    assert call._ready is not None and call._ready.usable
+    assert call._ready[-1](inputs) is not None
+    again = pickle.loads(pickle.dumps(call))
+    assert (again.fused, again.over, again._ready) == (call.fused, over, {})
 
 
 def test_other_layouts_are_copied() -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 from graphopt import kernels
+from graphopt.codegen import backends
 from graphopt.codegen.numba_cpu import compile_region
 
 ops = torch.ops.graphopt
@@ -16,7 +17,7 @@ ops = torch.ops.graphopt
 
 @pytest.fixture(autouse=True)
 def _no_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "compile_region", lambda region: compile_region(region, None))
+    monkeypatch.setitem(backends.MAKERS, "cpu", lambda region: compile_region(region, None))
 
 
 def leaves(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Tensor]:

@@ -35,7 +35,7 @@ MODULE_FLOORS = {
     "inductor_memory": 4,
     "separate_gradients": 0,
     "fused_ops": 1,
-    "kernels": 1,
+    **dict.fromkeys(["kernel_ops", "kernels"], 1),
     **dict.fromkeys(["report", "runtime", "terminal", "zoo"], 4),
     **dict.fromkeys(["analysis", "chart", "comparison", "graph_report", "listings"], 4),
     **dict.fromkeys(["module_report", "numerics", "report_tables", "report_text", "timeline"], 4),

@@ -1,6 +1,9 @@
 """How kernels are launched: outputs in place, streams as they are at that moment, and what is refused."""
 
+import contextlib
+import ctypes
 import sys
+import threading
 import types
 from collections.abc import Sequence
 from typing import Any
@@ -8,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from graphopt.codegen import cuda_emulation, cuda_launch, regions
+from graphopt.codegen import cuda_emulation, launching, regions
 from graphopt.codegen.cuda_emulation import Emulator
 from graphopt.codegen.cuda_form import Size
-from graphopt.codegen.cuda_launch import CudaKernel, CuPyRunner, cuda_kernel
+from graphopt.codegen.cuda_launch import CudaKernel, cuda_kernel
+from graphopt.codegen.cuda_runner import CuPyRunner, Start
 from graphopt.codegen.cuda_source import NAME, Source
 from graphopt.codegen.region import Region
 from graphopt.errors import CodegenError
@@ -27,8 +31,14 @@ class Recorder:
     def __init__(self) -> None:
         self.launches: list[tuple[Source, Size, Sequence[int | float]]] = []
 
-    def launch(self, source: Source, size: Size, arguments: Sequence[int | float]) -> None:
-        self.launches.append((source, size, arguments))
+    def prepare(self, source: Source, size: Size, fixed: Sequence[int | None]) -> Start:
+        def start(given: Sequence[int | float]) -> None:
+            left = iter(given)
+            every = [next(left) if x is None else x for x in fixed]
+            assert not [*left]
+            self.launches.append((source, size, every))
+
+        return start
 
 
 def recorded(region: Region, *inputs: Any) -> tuple[Source, Size, Sequence[int | float]]:
@@ -109,6 +119,7 @@ def test_tensors_that_a_kernel_is_not_for() -> None:
 def test_a_missing_compiler_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_emulation, "compiler", lambda: None)
     cuda_emulation._compiled.cache_clear()
+    launching.say.cache_clear()
     kernel, x = CudaKernel(regions.softmax("float32"), Emulator()), torch.randn(3, 4)
     with pytest.warns(UserWarning, match="runs by torch operators: no C") as remarks:
         (first,), (second,) = kernel(x), kernel(x, out=(torch.empty(3, 4),))
@@ -126,60 +137,104 @@ def test_without_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- what CuPy is told: a made-up CuPy writes it down ------------------------------------------
 
 
-class _Context:
-    def __enter__(self) -> None: ...
+class MadeUp:
+    """CuPy and what torch knows of streams and devices, of one GPU that does nothing."""
 
-    def __exit__(self, *_: object) -> None: ...
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.launches: list[tuple[Any, ...]] = []
+        self.compiled: list[tuple[str, tuple[str, ...]]] = []
+        self.stream, self.device, self.context, self.begun = 7, 0, 0, 0
+        self.broken = ""
+        driver = types.SimpleNamespace(launchKernel=self.launch, ctxGetCurrent=lambda: self.context)
+        runtime = types.SimpleNamespace(free=self.begin)
+        device = lambda index: contextlib.nullcontext()  # noqa: E731
+        cuda = types.SimpleNamespace(Device=device, driver=driver, runtime=runtime)
+        patch.setitem(sys.modules, "cupy", types.SimpleNamespace(cuda=cuda, RawKernel=self.kernel))
+        properties = types.SimpleNamespace(multi_processor_count=132)
+        patch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+        patch.setattr(torch.cuda, "device", self.moved)
+        patch.setattr(torch._C, "_cuda_getDevice", lambda: self.device, raising=False)
+        patch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: self.stream, raising=False)
+
+    def kernel(self, text: str, name: str, options: tuple[str, ...]) -> Any:
+        if self.broken:
+            raise RuntimeError(self.broken)
+        self.compiled.append((name, options))
+        return types.SimpleNamespace(kernel=types.SimpleNamespace(ptr=99))
+
+    def launch(self, entry: int, *given: int) -> None:
+        *sizes, shared, stream, pointers, extra = given
+        assert (entry, shared, extra) == (99, 0, 0)
+        self.launches.append((stream, tuple(sizes), pointers))
+
+    def begin(self, address: int) -> None:
+        self.context, self.begun = 1, self.begun + 1
+
+    @contextlib.contextmanager
+    def moved(self, index: int) -> Any:
+        before, self.device = self.device, index
+        yield
+        self.device = before
 
 
-@pytest.mark.parametrize("modern", [True, False])
-def test_streams_are_those_of_the_moment(modern: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def made_up(monkeypatch: pytest.MonkeyPatch) -> MadeUp:
+    launching.say.cache_clear()
+    return MadeUp(monkeypatch)
+
+
+def memory(pointers: int, kinds: str) -> list[int | float]:
+    """The arguments that a launch finds at its addresses."""
+    types_ = {"i": ctypes.c_longlong, "f": ctypes.c_float, "d": ctypes.c_double}
+    addresses = (ctypes.c_void_p * len(kinds)).from_address(pointers)
+    return [types_[k].from_address(a).value for k, a in zip(kinds, addresses, strict=True)]
+
+
+def test_streams_are_those_of_the_moment(made_up: MadeUp) -> None:
     """As CUDA graphs need: a launch goes to the stream that is current then, not to the first one."""
-    launches: list[tuple[Any, ...]] = []
-    compiled: list[tuple[str, tuple[str, ...]]] = []
-
-    class RawKernel:
-        def __init__(self, text: str, name: str, options: tuple[str, ...]) -> None:
-            compiled.append((name, options))
-
-        def kernel(self, *given: Any, stream: Any) -> None:
-            launches.append((*given, stream))
-
-    cuda = types.SimpleNamespace(
-        Device=lambda index: _Context(),
-        Stream=types.SimpleNamespace(
-            **({"from_external": lambda s: ("new", s.cuda_stream)} if modern else {})
-        ),
-        ExternalStream=lambda address, index: ("old", address),
-    )
-    fake = types.SimpleNamespace(cuda=cuda, RawKernel=RawKernel)
-    monkeypatch.setitem(sys.modules, "cupy", fake)
-    properties = types.SimpleNamespace(multi_processor_count=132)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
-    current = types.SimpleNamespace(cuda_stream=7)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda index: current)
     kernel = CudaKernel(regions.rms_norm("float32", False), CuPyRunner(0))
     x, w = torch.zeros(4, 8), torch.zeros(8)
-    for address in (7, 9, 7):
-        current.cuda_stream = address
-        kernel(x, 0.5, w)
-    assert [launch[-1][1] for launch in launches] == [7, 9, 7]
-    assert launches[0][-1][0] == ("new" if modern else "old")
-    assert compiled == [(NAME, ("-std=c++17",))]
-    blocks, threads, arguments, _ = launches[0]
-    assert (blocks, threads) == ((1, 1), (2, 128))
-    assert arguments[2] == x.data_ptr() and type(arguments[-1]).__name__ == "float32"
+    for stream in (7, 9, 7):
+        made_up.stream = stream
+        (out,) = kernel(x, 0.1, w)
+        found = memory(made_up.launches[-1][-1], "iiiiiiif")
+        assert found[:2] == [4, 8] and found[2:7] == [x.data_ptr(), 32, w.data_ptr(), out.data_ptr(), 32]
+        assert found[-1] == ctypes.c_float(0.1).value
+    kernel(x, 1e300, w)
+    assert memory(made_up.launches[-1][-1], "iiiiiiif")[-1] == float("inf")
+    assert [launch[0] for launch in made_up.launches] == [7, 9, 7, 7]
+    assert made_up.launches[0][1] == (1, 1, 1, 2, 128, 1)
+    assert made_up.compiled == [(NAME, ("-std=c++17",))]
 
 
-def test_a_driver_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: object, **__: object) -> None:
-        raise RuntimeError("cudaErrorInsufficientDriver")
+def test_threads_and_devices(made_up: MadeUp) -> None:
+    """Each thread has arguments of its own, and a context; a launch is on the tensors' device."""
+    kernel, x = CudaKernel(regions.swiglu("float32"), CuPyRunner(1)), torch.zeros(4, 8)
+    kernel(x, x)
+    assert (made_up.begun, made_up.device) == (1, 0)
+    made_up.device = 1
+    kernel(x, x)
+    made_up.context = 0
+    thread = threading.Thread(target=kernel, args=(x, x))
+    thread.start()
+    thread.join()
+    pointers = [launch[-1] for launch in made_up.launches]
+    assert pointers[0] == pointers[1] != pointers[2] and made_up.begun == 2
 
-    cuda = types.SimpleNamespace(Device=lambda index: _Context())
-    monkeypatch.setitem(sys.modules, "cupy", types.SimpleNamespace(cuda=cuda, RawKernel=broken))
-    properties = types.SimpleNamespace(multi_processor_count=132)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
-    kernel, x = CudaKernel(regions.softmax("float32"), cuda_launch.CuPyRunner(0)), torch.randn(3, 4)
-    with pytest.warns(UserWarning, match="InsufficientDriver"):
-        (found,) = kernel(x)
-    torch.testing.assert_close(found, x.softmax(-1))
+
+def test_a_driver_that_fails(made_up: MadeUp) -> None:
+    made_up.broken = "cudaErrorInsufficientDriver"
+    x, every = torch.randn(3, 4), [regions.softmax("float32"), regions.softmax("float32", log=True)]
+    with pytest.warns(UserWarning, match="InsufficientDriver") as remarks:
+        (found,), (log,) = (CudaKernel(region, CuPyRunner(0))(x) for region in every)
+    assert len(remarks) == 1
+    torch.testing.assert_close((found, log), (x.softmax(-1), x.log_softmax(-1)))
+
+
+def test_a_wrong_call_does_not_break_a_kernel() -> None:
+    kernel = CudaKernel(regions.swiglu("float32"), Recorder())
+    with pytest.raises(CodegenError, match="make no grid"):
+        kernel(torch.zeros(3), torch.zeros(4))
+    with pytest.raises(CodegenError, match="does not lie on a grid"):
+        kernel(torch.zeros(3), torch.zeros(3), out=[torch.zeros(4)])
+    assert not kernel.broken

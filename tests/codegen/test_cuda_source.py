@@ -5,6 +5,7 @@ What is compared is the text that a GPU gets. Errors are judged as those of the 
 
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -233,8 +234,8 @@ from graphopt.codegen import regions
 from graphopt.codegen.cuda_emulation import Emulator
 from graphopt.codegen.cuda_launch import CudaKernel
 class Wrong(Emulator):
-    def launch(self, source, size, arguments):
-        super().launch(source, size, [arguments[0] + 1, *arguments[1:]])
+    def prepare(self, source, size, fixed):
+        return super().prepare(source, size, (fixed[0] + 1, *fixed[1:]))
 CudaKernel(regions.softmax("float32"), Wrong(sanitizers=("address",)))(torch.randn(5, 4096))
 """
     command = [sys.executable, "-c", text]
@@ -253,12 +254,10 @@ def test_a_missing_barrier_shows() -> None:
     region, x = regions.softmax("float32"), torch.randn(2, 4000)
 
     class Without(Emulator):
-        def launch(self, source: Any, size: Any, arguments: Any) -> None:
-            from dataclasses import replace
-
+        def prepare(self, source: Any, size: Any, fixed: Any) -> Any:
             text = source.text.replace("    __syncthreads();\n", "")
             assert text != source.text
-            super().launch(replace(source, text=text), size, arguments)
+            return super().prepare(replace(source, text=text), size, fixed)
 
     (found,) = CudaKernel(region, Without())(x)
     assert not torch.allclose(found, x.softmax(-1))

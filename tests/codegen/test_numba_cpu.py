@@ -147,7 +147,7 @@ def test_integers_and_bools() -> None:
 def test_optimizer_in_place() -> None:
     start = [torch.randn(3000) for _ in range(4)]
     start[3].abs_()
-    numbers = (0.01, 0.9, 0.99, 1e-8, 0.1, 0.1, 0.1)
+    numbers = (0.999, 0.99, 0.1, 0.01, 1e-8, 0.1, 0.1)
     region = regions.adamw("float32")
     p, g, m, v = (x.clone() for x in start)
     compile_region(region, None)(p, g, m, v, *numbers, out=(p, m, v))

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import graphopt
-from graphopt import Checkpoint, Fuse, PlanError, fused_ops
-from graphopt.codegen import reference
+from graphopt import Checkpoint, Fuse, PlanError
+from graphopt.codegen import backends, launching
 from graphopt.codegen.numba_cpu import NumbaKernel
 from graphopt.codegen.region import Region
 from graphopt.cost_models.costs import Costs
@@ -64,23 +64,12 @@ def check(data: st.DataObject, steps: int) -> None:
     assert_no_worse(ran(after, inputs), ran(program, inputs), exact)
 
 
-def by_torch(region: Region) -> Any:
-    """A kernel that runs its region by torch operators: nothing is compiled."""
-
-    def run(*inputs: Tensor, out: list[Tensor]) -> None:
-        for y, x in zip(out, reference.run(region, *inputs), strict=True):
-            y.copy_(x)
-
-    return run
-
-
 @settings(max_examples=8, phases=[Phase.explicit, Phase.generate])
 @given(st.data())
 def test_rules(data: st.DataObject) -> None:
     """What regions say, run by torch operators."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused_ops, "compile_region", by_torch)
-        patch.setattr(fused_ops, "_Ready", lambda fused: None)
+        patch.setitem(backends.MAKERS, "cpu", backends.torch_kernel)
         check(data, 6)
 
 
@@ -184,7 +173,8 @@ def test_a_broken_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError("no code can be made here")
 
     monkeypatch.setattr("numba.njit", broken)
-    monkeypatch.setattr(fused_ops, "compile_region", lambda region: kernel_of(region))
+    monkeypatch.setitem(backends.MAKERS, "cpu", lambda region: kernel_of(region))
+    launching.say.cache_clear()
     kernels: dict[Region, NumbaKernel] = {}
 
     def kernel_of(region: Region) -> NumbaKernel:

@@ -1,0 +1,44 @@
+"""Which kernel a region becomes on a device: the one place that chooses."""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from graphopt.codegen.cuda_launch import cuda_kernel
+from graphopt.codegen.launching import Launched, RegionKernel
+from graphopt.codegen.numba_cpu import compile_region
+from graphopt.codegen.region import Region
+
+# By the type of the device; the others are for `TorchKernel`.
+MAKERS: dict[str, Callable[[Region], RegionKernel]] = {"cpu": compile_region, "cuda": cuda_kernel}
+
+
+def kernel_on(region: Region, device: torch.device) -> RegionKernel:
+    """The kernel of a region for tensors on `device`."""
+    return MAKERS.get(device.type, torch_kernel)(region)
+
+
+@functools.lru_cache(maxsize=1024)
+def torch_kernel(region: Region) -> "TorchKernel":
+    """The region run by torch operators."""
+    return TorchKernel(region)
+
+
+class TorchKernel(RegionKernel):
+    """A region as a callable on tensors of any device, one torch operator after the other."""
+
+    def __call__(
+        self, *inputs: Tensor | float, out: Sequence[Tensor] | None = None
+    ) -> tuple[Tensor, ...]:
+        """As `RegionKernel`."""
+        return self.by_torch(inputs, out)
+
+    def may_lie_over(self, number: int, output: int) -> bool:
+        """True: outputs are stored when everything was read."""
+        return True
+
+    def fixed(self, *_: object) -> Launched | None:
+        """None: nothing is saved by knowing layouts."""
+        return None
