@@ -2,17 +2,48 @@
 
 import functools
 from collections.abc import Callable, Sequence
+from importlib import import_module
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
-from graphopt.codegen.cuda_launch import cuda_kernel
+from graphopt.codegen.cuda_launch import CudaKernel, cuda_kernel
 from graphopt.codegen.launching import Launched, RegionKernel
 from graphopt.codegen.numba_cpu import compile_region
+from graphopt.codegen.numba_cuda import numba_cuda_kernel
 from graphopt.codegen.region import Region
 
+
+def gpu_kernel(region: Region) -> CudaKernel:
+    """CUDA C through CuPy; where CuPy cannot be imported and numba-cuda can, a Numba CUDA kernel.
+
+    CodegenError names an operator that the backend cannot do.
+    """
+    return numba_cuda_kernel(region) if _only_numba() else cuda_kernel(region)
+
+
+def installed(device_type: str) -> bool:
+    """Whether there is a package that compiles kernels for such devices; nothing is imported."""
+    packages = {"cpu": ("numba",), "cuda": ("cupy", "numba_cuda")}
+    return any(find_spec(name) is not None for name in packages.get(device_type, ()))
+
+
+@functools.cache
+def _only_numba() -> bool:
+    return not _imports("cupy") and _imports("numba_cuda")
+
+
+def _imports(name: str) -> bool:
+    try:
+        import_module(name)
+    except ImportError:
+        return False
+    return True
+
+
 # By the type of the device; the others are for `TorchKernel`.
-MAKERS: dict[str, Callable[[Region], RegionKernel]] = {"cpu": compile_region, "cuda": cuda_kernel}
+MAKERS: dict[str, Callable[[Region], RegionKernel]] = {"cpu": compile_region, "cuda": gpu_kernel}
 
 
 def kernel_on(region: Region, device: torch.device) -> RegionKernel:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphopt.codegen.cuda_form import ACCESS_BYTES, BYTES, Form, Traits, form_of, size_of
+from graphopt.codegen.cuda_form import ACCESS_BYTES, BYTES, Form, Size, Traits, form_of, size_of
 from graphopt.codegen.cuda_runner import CuPyRunner, Runner, Start
 from graphopt.codegen.cuda_source import Source, write
 from graphopt.codegen.launching import Launched, RegionKernel, span
@@ -86,13 +86,28 @@ class CudaKernel(RegionKernel):
         super().__init__(region)
         self.runner = runner
         self.traits = Traits(region)
-        write(region, Form())  # raises what cannot be written
+        self.write(Form())  # raises what cannot be written
         self._real = getattr(torch, region.math)
         self._numbers = [(n, getattr(torch, region.inputs[n].dtype)) for n in self.scalars]
         # Positions of the sums among partial ones, and of outputs that a launch writes.
         self._parts = [self.traits.sums.index(region.outputs[k].value) for k in self.sums]
         self._stored = [k for k in range(len(region.outputs)) if k not in self.sums]
         self._launches: dict[Any, _Launch] = {}
+
+    def write(self, form: Form) -> Source:
+        """The text for a form; CodegenError names an operator that there is none for."""
+        return write(self.region, form)
+
+    def form_and_size(
+        self, grid: Grid, addresses: Sequence[int], pointers: tuple[str, ...], processors: int
+    ) -> tuple[Form, Size]:
+        """How a launch on tensors at these addresses is made, on so many multiprocessors."""
+        form = form_of(self.traits, grid, addresses, pointers)
+        return form, size_of(self.traits, grid, form, processors)
+
+    def runner_of(self, index: int) -> Runner:
+        """What launches on a GPU; CodegenError where nothing can."""
+        return _device(index)
 
     def may_lie_over(self, number: int, output: int) -> bool:
         """Whether an output may be written over an input: no pass after that which stores it reads it.
@@ -270,10 +285,9 @@ class CudaKernel(RegionKernel):
     ) -> _Launch | None:
         """A launch for tensors whose addresses leave these remainders; None where it cannot be made."""
         try:
-            runner = self.runner or _device(device.index)
-            form = form_of(self.traits, grid, remainders, pointers)
-            size = size_of(self.traits, grid, form, runner.processors)
-            source = write(self.region, form)
+            runner = self.runner or self.runner_of(device.index)
+            form, size = self.form_and_size(grid, remainders, pointers, runner.processors)
+            source = self.write(form)
             fixed = _arguments(self.traits, grid, form)
             fixed += (None,) * (len(source.parameters) - len(fixed))
             start = runner.prepare(source, size, fixed) if grid.rows else None

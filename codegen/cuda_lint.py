@@ -60,12 +60,9 @@ def _number(pattern: str, log: str) -> int:
 
 
 def faults(region: Region, source: Source, facts: Facts) -> list[str]:
-    """What breaks a rule, one line each; none for a kernel as it should be.
-
-    Accesses are judged only where the form allows wide ones: without strided tensors and cut packs.
-    """
+    """What breaks a rule, one line each; none for a kernel as it should be."""
     form = source.form
-    found = []
+    found: list[str] = []
     threads = form.team * form.teams
     most = MAX_REGISTERS[max(256, threads)]
     if not 0 < facts.registers <= most:
@@ -75,9 +72,20 @@ def faults(region: Region, source: Source, facts: Facts) -> list[str]:
     operators = {getattr(value, "op", "") for value in region.values}
     if facts.stack_bytes and not operators & _TABLES:
         found.append(f"{facts.stack_bytes} bytes of local memory")
+    return found + ptx_faults(region, source, facts)
+
+
+def ptx_faults(region: Region, source: Source, facts: Facts) -> list[str]:
+    """What of that shows in the PTX alone.
+
+    Accesses are judged only where the form allows wide ones: without strided tensors, cut packs and packs
+    of one.
+    """
+    form = source.form
+    found: list[str] = []
     if facts.float64 and not _may_use_float64(region, source):
         found.append(f"float64 in a float32 kernel: {', '.join(facts.float64)}")
-    if not (form.tail or form.strided):
+    if form.pack > 1 and not (form.tail or form.strided):
         found += _narrow(region, source, facts)
     return found
 

@@ -32,8 +32,7 @@ class Compiled:
 @lru_cache(maxsize=256)
 def compile_text(text: str, architecture: str = "sm_90") -> Compiled:
     """Compile a kernel; CodegenError with the compiler's messages, or where there is no NVRTC."""
-    if not re.fullmatch(r"sm_\d+[af]?", architecture):
-        raise CodegenError(f"{architecture} is no architecture: it is written as in sm_90")
+    capability_of(architecture)
     library = _library()
     program = ctypes.c_void_p()
     _call(library, "CreateProgram", ctypes.byref(program), text.encode(), b"kernel.cu", 0, None, None)
@@ -48,6 +47,18 @@ def compile_text(text: str, architecture: str = "sm_90") -> Compiled:
         return Compiled(architecture, ptx, _bytes(library, program, "CUBIN"), log)
     finally:
         library.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def capability_of(architecture: str) -> tuple[int, int]:
+    """The compute capability; CodegenError where that is none.
+
+    >>> capability_of("sm_90"), capability_of("sm_120a")
+    ((9, 0), (12, 0))
+    """
+    found = re.fullmatch(r"sm_(\d+)(\d)[af]?", architecture)
+    if found is None:
+        raise CodegenError(f"{architecture} is no architecture: it is written as in sm_90")
+    return int(found[1]), int(found[2])
 
 
 def available() -> bool:

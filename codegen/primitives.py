@@ -22,7 +22,7 @@ _STREAM = ir.VectorType(ir.IntType(8), 64)
 _I8, _I32, _I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 
 # Name of a dtype in memory -> how it lies there.
-_STORED: dict[str, Any] = {
+STORED: dict[str, Any] = {
     "float32": formulas.F32,
     "float64": formulas.F64,
     "bfloat16": ir.IntType(16),
@@ -47,7 +47,7 @@ def _placed(b: Any, instruction: Any, place: int) -> None:
 
 
 def _pointer(b: Any, dtype: str, address: Any, index: Any) -> Any:
-    base = b.inttoptr(address, _STORED[dtype].as_pointer())
+    base = b.inttoptr(address, STORED[dtype].as_pointer())
     return b.gep(base, [index], inbounds=True)
 
 
@@ -65,14 +65,15 @@ def _loader(dtype: str) -> Any:
                 return found if found.type == _I64 else b.sext(found, _I64)
             if kind == types.boolean:
                 return b.icmp_unsigned("!=", found, _I8(0))
-            return _to_float(b, dtype, found, _FLOATS[kind])
+            return widened(b, dtype, found, _FLOATS[kind])
 
         return kind(address, index, place, like), code
 
     return load
 
 
-def _to_float(b: Any, dtype: str, found: Any, wanted: Any) -> Any:
+def widened(b: Any, dtype: str, found: Any, wanted: Any) -> Any:
+    """A number as it lies in memory, as a float of the LLVM type `wanted`."""
     if dtype in halves.UNPACK:
         found = halves.UNPACK[dtype](b, found)
     if found.type == wanted:
@@ -80,11 +81,11 @@ def _to_float(b: Any, dtype: str, found: Any, wanted: Any) -> Any:
     return b.fpext(found, wanted) if wanted == formulas.F64 else b.fptrunc(found, wanted)
 
 
-def _narrowed(b: Any, dtype: str, value: Any) -> Any:
+def narrowed(b: Any, dtype: str, value: Any) -> Any:
     """A float as it is stored in `dtype`."""
     if dtype in halves.PACK:
         return halves.PACK[dtype](b, value)
-    wanted = _STORED[dtype]
+    wanted = STORED[dtype]
     if value.type == wanted:
         return value
     return b.fpext(value, wanted) if wanted == formulas.F64 else b.fptrunc(value, wanted)
@@ -96,9 +97,9 @@ def _storer(dtype: str) -> Any:
     @intrinsic(prefer_literal=True)
     def store(_: Any, address: Any, index: Any, value: Any, place: Any) -> Any:
         def code(_c: Any, b: Any, _s: Any, args: Any) -> Any:
-            stored = _STORED[dtype]
+            stored = STORED[dtype]
             if "float" in dtype:
-                number = _narrowed(b, dtype, args[2])
+                number = narrowed(b, dtype, args[2])
             elif dtype == "bool":
                 number = b.zext(b.trunc(args[2], ir.IntType(1)), stored)
             else:
@@ -118,7 +119,7 @@ def _rounder(dtype: str) -> Any:
     @intrinsic
     def rounded(_: Any, x: Any) -> Any:
         def code(_c: Any, b: Any, _s: Any, args: Any) -> Any:
-            return _to_float(b, dtype, _narrowed(b, dtype, args[0]), args[0].type)
+            return widened(b, dtype, narrowed(b, dtype, args[0]), args[0].type)
 
         return x(x), code
 
@@ -228,8 +229,8 @@ absolute = _function(lambda b, x: formulas.intrinsic(b, "llvm.fabs", x))
 # Everything that kernels call, by the name they use.
 NAMES: dict[str, Any] = {
     **{name: _function(formula) for name, formula in formulas.UNARY.items()},
-    **{f"load_{dtype}": _loader(dtype) for dtype in _STORED},
-    **{f"store_{dtype}": _storer(dtype) for dtype in _STORED},
+    **{f"load_{dtype}": _loader(dtype) for dtype in STORED},
+    **{f"store_{dtype}": _storer(dtype) for dtype in STORED},
     **{f"round_{dtype}": _rounder(dtype) for dtype in ("float32", "bfloat16", "float16")},
     "add_any_order": add_any_order,
     "maximum": maximum,

@@ -4,9 +4,9 @@
 
 `kernel` is a `Fused` as JSON text: the region, and how its inputs and outputs lie in tensors. It is a
 constant of the graph, so that a program that is copied, pickled or exported takes its kernels along. On
-CPU tensors the kernel is compiled by Numba, on those of a GPU by CuPy, and elsewhere, or where neither
-can, the region runs by torch operators. Nothing is known of gradients: the operator belongs into graphs
-that hold their backward.
+CPU tensors the kernel is compiled by Numba, on those of a GPU by CuPy or numba-cuda, and elsewhere, or
+where none of them can, the region runs by torch operators. Nothing is known of gradients: the operator
+belongs into graphs that hold their backward.
 """
 
 import functools

@@ -9,9 +9,11 @@ from graphopt.errors import GraphoptError
 
 if TYPE_CHECKING:
     from graphopt.codegen.cuda_form import Traits
+    from graphopt.codegen.cuda_lint import Facts
     from graphopt.codegen.cuda_source import Source
     from graphopt.codegen.region import Region
 
+BACKENDS = ("cuda", "numba-cuda", "numba")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -37,12 +39,12 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     """The options of `graphopt kernels`."""
     add = command.add_argument
     add("name", metavar="NAME", help="a kernel: rms_norm, softmax, cross_entropy, ..")
-    add("--backend", choices=("cuda", "numba"), default="cuda", help="whose text (default cuda)")
+    add("--backend", choices=BACKENDS, default="cuda", help="whose text (default cuda)")
     add("--dtype", choices=DTYPES, default="bfloat16", help="of tensors (default bfloat16)")
     add("--shape", default="4096x4096", metavar="ROWSxCOLUMNS", help="default 4096x4096")
     add("--device", default="h100", help="whose memory is counted with (default h100)")
     add("--arch", default="sm_90", metavar="sm_N", help="what --lint compiles for (default sm_90)")
-    add("--lint", action="store_true", help="compile with NVRTC, and judge the machine code")
+    add("--lint", action="store_true", help="compile with NVRTC or NVVM, and judge the machine code")
     add("--quiet", action="store_true", help="without the text")
     add("--json", metavar="FILE", help="write text and facts as JSON too; - prints only JSON")
     command.set_defaults(run=run)
@@ -56,8 +58,8 @@ def run(options: argparse.Namespace) -> None:
     known = kernels()
     if options.name not in known:
         raise GraphoptError(f"no kernel is named {options.name}: there are {', '.join(known)}")
-    if options.lint and options.backend != "cuda":
-        raise GraphoptError("--lint is for the CUDA backend")
+    if options.lint and options.backend == "numba":
+        raise GraphoptError("--lint is for the CUDA backends")
     traits, shape = Traits(known[options.name](options.dtype)), _shape(options.shape)
     rows = _costs(traits, shape, options.device)
     if options.backend == "numba":
@@ -65,12 +67,13 @@ def run(options: argparse.Namespace) -> None:
 
         text = compile_region(traits.region, None).source()
     else:
-        source = _source(traits, shape)
+        source = _source(traits, shape, options.backend)
         text, form = source.text, source.form
         held = f"{form.held} packs of a thread in registers" if form.held else "in a loop"
         rows.append(("form", f"{form.team} threads for a row, {form.pack} columns in a pack, {held}"))
         if options.lint:
-            rows += _lint(traits.region, source, options.arch)
+            lint = _lint if options.backend == "cuda" else _lint_ptx
+            rows += lint(traits.region, source, options.arch)
     if options.json:
         facts = {"kernel": options.name, "dtype": options.dtype, "shape": shape, "facts": dict(rows)}
         write_text(options.json, json.dumps({**facts, "text": text}, indent=1))
@@ -101,12 +104,14 @@ def _costs(traits: "Traits", shape: tuple[int, ...], name: str) -> list[tuple[st
     ]
 
 
-def _source(traits: "Traits", shape: tuple[int, ...]) -> "Source":
+def _source(traits: "Traits", shape: tuple[int, ...], backend: str) -> "Source":
+    from graphopt.codegen import cuda_source, numba_cuda, numba_cuda_source
     from graphopt.codegen.cuda_form import contiguous_grid, form_of
-    from graphopt.codegen.cuda_source import write
 
-    grid = contiguous_grid(traits, shape)
-    return write(traits.region, form_of(traits, grid, [0] * len(traits.tensors)))
+    grid, addresses = contiguous_grid(traits, shape), [0] * len(traits.tensors)
+    if backend == "cuda":
+        return cuda_source.write(traits.region, form_of(traits, grid, addresses))
+    return numba_cuda_source.write(traits.region, numba_cuda.numba_cuda_form(traits, grid, addresses))
 
 
 def _lint(region: "Region", source: "Source", architecture: str) -> list[tuple[str, str]]:
@@ -116,11 +121,30 @@ def _lint(region: "Region", source: "Source", architecture: str) -> list[tuple[s
 
     compiled = compile_text(source.text, architecture)
     facts = inspect(compiled)
-    wrong = faults(region, source, facts)
+    _refuse(faults(region, source, facts), architecture)
+    code = f"{facts.registers} registers, no spills, {len(compiled.cubin)} bytes of code"
+    return [(architecture, code), *_accesses(facts)]
+
+
+def _lint_ptx(region: "Region", source: "Source", architecture: str) -> list[tuple[str, str]]:
+    """Facts of the PTX that numba-cuda makes; GraphoptError names what is wrong with it."""
+    from graphopt.codegen.cuda_lint import inspect, ptx_faults
+    from graphopt.codegen.numba_cuda import compile_ptx
+
+    compiled = compile_ptx(source, architecture)
+    facts = inspect(compiled)
+    _refuse(ptx_faults(region, source, facts), architecture)
+    code = f"PTX of {len(compiled.ptx.splitlines())} lines; the driver gives out registers"
+    return [(architecture, code), *_accesses(facts)]
+
+
+def _refuse(wrong: list[str], architecture: str) -> None:
     if wrong:
         raise GraphoptError(f"the kernel for {architecture} breaks rules: {'; '.join(wrong)}")
+
+
+def _accesses(facts: "Facts") -> list[tuple[str, str]]:
     return [
-        (architecture, f"{facts.registers} registers, no spills, {len(compiled.cubin)} bytes of code"),
         ("loads", f"{facts.wide_loads} of 16 bytes, {facts.narrow_loads} below, in the text"),
         ("stores", f"{facts.wide_stores} of 16 bytes, {facts.narrow_stores} below"),
     ]

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from math import prod
 from operator import getitem
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
+from graphopt.codegen.backends import installed
 from graphopt.codegen.builder import Builder
 from graphopt.codegen.region import Extent, Facts, Output
 from graphopt.errors import CodegenError
@@ -78,8 +78,7 @@ def check_alone(node: fx.Node) -> None:
     devices = {t.device for t in tensors if t.dim() > 0}
     needs(len(devices) == 1, "device", "tensors are on several devices")
     kind = next(iter(devices)).type
-    known = kind == "cpu" or (kind == "cuda" and find_spec("cupy") is not None)
-    needs(known, "device", f"there is no backend for {kind} here")
+    needs(installed(kind), "device", f"there is no backend for {kind} here")
 
 
 def kernel_of(nodes: Sequence[fx.Node]) -> Kernel:

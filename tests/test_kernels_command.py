@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from graphopt.cli import main
-from graphopt.codegen import nvrtc
+from graphopt.codegen import numba_cuda, nvrtc
 from graphopt.kernels_command import kernels
 
 
@@ -40,13 +40,19 @@ def test_the_text_for_numba(capsys: pytest.CaptureFixture[str]) -> None:
     assert "def rows(begin, end, columns" in shown(capsys, "softmax", "--backend", "numba")
 
 
+def test_the_text_for_numba_cuda(capsys: pytest.CaptureFixture[str]) -> None:
+    text = shown(capsys, "softmax", "--backend", "numba-cuda", "--shape", "4096x1024")
+    assert "cuda.syncthreads()" in text and "PACK, TEAM, TEAMS = 8, 128, 2" in text
+    assert "128 threads for a row, 8 columns in a pack, in a loop" in text
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["rms"], "no kernel is named rms: there are rms_norm"),
         (["softmax", "--shape", "4096"], "as in 4096x1024"),
         (["softmax", "--shape", "0x4"], "as in 4096x1024"),
-        (["softmax", "--backend", "numba", "--lint"], "--lint is for the CUDA backend"),
+        (["softmax", "--backend", "numba", "--lint"], "--lint is for the CUDA backends"),
         (["softmax", "--device", "h10"], "did you mean 'h100'"),
         (["softmax", "--lint", "--arch", "90"], "is no architecture"),
     ],
@@ -61,3 +67,9 @@ def test_lint(capsys: pytest.CaptureFixture[str]) -> None:
     text = shown(capsys, "softmax", "--arch", "sm_100", "--lint", "--quiet")
     assert "sm_100" in text and "no spills" in text
     assert "4 of 16 bytes, 0 below" in text
+
+
+@pytest.mark.skipif(not numba_cuda.can_compile(), reason="no numba-cuda with NVVM")
+def test_lint_of_ptx(capsys: pytest.CaptureFixture[str]) -> None:
+    text = shown(capsys, "softmax", "--backend", "numba-cuda", "--lint", "--quiet")
+    assert "the driver gives out registers" in text and "of 16 bytes, 0 below" in text
