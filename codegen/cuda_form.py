@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from graphopt.codegen.layout import Grid, grid_of, output_shape
 from graphopt.codegen.region import Dtype, Extent, Input, Reduce, Region
-from graphopt.codegen.stages import Stage, stages
+from graphopt.codegen.stages import RECOMPUTE_ALL, Stage, stages
 from graphopt.errors import CodegenError
 
 BYTES: dict[Dtype, int] = {
@@ -37,7 +37,6 @@ MAX_TEAM = 1024
 HELD_BYTES = {256: 256, 512: 128, 1024: 128}
 # Of up to so many packs, column values (weights) are loaded before the first is used.
 MAX_AHEAD = 4
-_RECOMPUTE_ALL = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -111,18 +110,21 @@ class Traits:
 
     @cached_property
     def held_stages(self) -> tuple[Stage, ...]:
-        """Passes over a row in registers, which keep there what takes long to compute."""
-        return _apart(stages(self.region))
+        """Passes over a row in registers, which keep there what takes long to compute.
+
+        A maximum and the sum of exponentials take two, as these read no memory.
+        """
+        return stages(self.region, online=False)
 
     @cached_property
     def lean_stages(self) -> tuple[Stage, ...]:
         """Passes over a row in registers that compute again instead."""
-        return _apart(self.looped_stages)
+        return stages(self.region, RECOMPUTE_ALL, online=False)
 
     @cached_property
     def looped_stages(self) -> tuple[Stage, ...]:
         """Passes that read a long row again and again, and keep nothing in between."""
-        return stages(self.region, _RECOMPUTE_ALL)
+        return stages(self.region, RECOMPUTE_ALL)
 
     def stages_of(self, form: Form) -> tuple[Stage, ...]:
         """The passes of one form."""
@@ -140,18 +142,6 @@ class Traits:
         inputs = sum(BYTES[v.dtype] for v in self.region.inputs if v.extent in extents)
         kept = sum(len(stage.kept) for stage in (self.lean_stages if lean else self.held_stages))
         return inputs + real * (kept + len(self.sums))
-
-
-def _apart(found: tuple[Stage, ...]) -> tuple[Stage, ...]:
-    """A maximum and the sum of exponentials in two passes, as these read no memory."""
-    passes = list(found)
-    for n, stage in enumerate(found):
-        if stage.online is not None:
-            o, after = stage.online, passes[n + 1]
-            places = tuple(sorted({*stage.places, o.shifted, o.exponential}))
-            passes[n] = replace(stage, online=None, kept=())
-            passes[n + 1] = replace(after, places=places, kept=stage.kept, reductions=(o.total,))
-    return tuple(passes)
 
 
 def form_of(traits: Traits, grid: Grid, addresses: Sequence[int], pointers: tuple[str, ...] = ()) -> Form:

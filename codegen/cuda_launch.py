@@ -17,21 +17,35 @@ CuPy compiles for the device at hand, from compute capability 8.0 on.
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from graphopt.codegen.cuda_choice import CudaChoice, fits, form_with
 from graphopt.codegen.cuda_form import ACCESS_BYTES, BYTES, Form, Size, Traits, form_of, size_of
-from graphopt.codegen.cuda_runner import CuPyRunner, Runner, Start
+from graphopt.codegen.cuda_runner import CuPyRunner, Runner, Start, Timer
 from graphopt.codegen.cuda_source import Source, write
+from graphopt.codegen.kernel_cache import DEFAULT_CACHE
 from graphopt.codegen.launching import Launched, RegionKernel, span
 from graphopt.codegen.layout import Grid, Shape, grid_of, grid_shape, output_shape
 from graphopt.codegen.region import Extent, Gather, Region
+from graphopt.codegen.tuned_choices import TunedChoices, layout_class
 from graphopt.errors import CodegenError
 
 _MOST_LAUNCHES = 4096  # layouts that a kernel remembers
 _UNALIGNED = ACCESS_BYTES - 1  # bits of an address
+_WRITTEN_BY = (
+    "cuda_choice.py",
+    "cuda_form.py",
+    "cuda_source.py",
+    "cuda_text.py",
+    "kernel.cuh",
+    "stages.py",
+)
+if TYPE_CHECKING:
+    from graphopt.codegen.cuda_bench import CudaBench
 
 
 @functools.lru_cache(maxsize=64)
@@ -78,11 +92,16 @@ class _Launch:
 
 
 class CudaKernel(RegionKernel):
-    """A region as a callable on tensors of one device; `runner` is where, by default their GPU."""
+    """A region as a callable on tensors of one device; `runner` is where, by default their GPU.
+
+    Measured choices are kept in the folder `cache`; None keeps no files.
+    """
 
     points, alignment = True, ACCESS_BYTES
 
-    def __init__(self, region: Region, runner: Runner | None = None) -> None:
+    def __init__(
+        self, region: Region, runner: Runner | None = None, cache: Path | None = DEFAULT_CACHE
+    ) -> None:
         super().__init__(region)
         self.runner = runner
         self.traits = Traits(region)
@@ -93,21 +112,18 @@ class CudaKernel(RegionKernel):
         self._parts = [self.traits.sums.index(region.outputs[k].value) for k in self.sums]
         self._stored = [k for k in range(len(region.outputs)) if k not in self.sums]
         self._launches: dict[Any, _Launch] = {}
+        self.choices = TunedChoices(region, CudaChoice, _WRITTEN_BY, "", cache)
 
     def write(self, form: Form) -> Source:
         """The text for a form; CodegenError names an operator that there is none for."""
         return write(self.region, form)
 
     def form_and_size(
-        self, grid: Grid, addresses: Sequence[int], pointers: tuple[str, ...], processors: int
+        self, grid: Grid, addresses: Sequence[int], pointers: tuple[str, ...], runner: Runner
     ) -> tuple[Form, Size]:
-        """How a launch on tensors at these addresses is made, on so many multiprocessors."""
-        form = form_of(self.traits, grid, addresses, pointers)
-        return form, size_of(self.traits, grid, form, processors)
-
-    def runner_of(self, index: int) -> Runner:
-        """What launches on a GPU; CodegenError where nothing can."""
-        return _device(index)
+        """How a launch on tensors at these addresses is made, or where their remainders are these."""
+        form = self._tuned(grid, form_of(self.traits, grid, addresses, pointers), runner)
+        return form, size_of(self.traits, grid, form, runner.processors)
 
     def may_lie_over(self, number: int, output: int) -> bool:
         """Whether an output may be written over an input: no pass after that which stores it reads it.
@@ -285,8 +301,8 @@ class CudaKernel(RegionKernel):
     ) -> _Launch | None:
         """A launch for tensors whose addresses leave these remainders; None where it cannot be made."""
         try:
-            runner = self.runner or self.runner_of(device.index)
-            form, size = self.form_and_size(grid, remainders, pointers, runner.processors)
+            runner = self.runner_of(device)
+            form, size = self.form_and_size(grid, remainders, pointers, runner)
             source = self.write(form)
             fixed = _arguments(self.traits, grid, form)
             fixed += (None,) * (len(source.parameters) - len(fixed))
@@ -299,6 +315,43 @@ class CudaKernel(RegionKernel):
         layouts = [(size, torch.empty(size, device="meta").stride()) for size in shapes]
         stored = tuple((at, self.dtypes[k]) for at, k in zip(layouts, self._stored, strict=True))
         return _Launch(source, start, stored, (len(self.traits.sums), size.parts, grid.columns))
+
+    # --- measured choices --------------------------------------------------------------------
+
+    def _tuned(self, grid: Grid, usual: Form, runner: Runner) -> Form:
+        """The form with what was measured for such a layout on such a device, if anything was."""
+        if not isinstance(runner, Timer):
+            return usual
+        choice = self.choices.choice(self.layout_class(grid, usual), runner.device)
+        known = choice is not None and fits(self.traits, grid, usual, choice)
+        return form_with(usual, grid, choice) if choice is not None and known else usual
+
+    def usual(self, read: Sequence[Tensor], out: Sequence[Tensor]) -> tuple[Grid, Form]:
+        """The grid of these tensors, and the form that the rules choose for them."""
+        extents = [self.region.inputs[n].extent for n in self.given]
+        shape = grid_shape(extents, [tuple(x.shape) for x in read])
+        every = [*read, *(out[k] for k in self._stored)]
+        grid = self._grid(shape, [tuple(x.shape) for x in every], [x.stride() for x in every])
+        return grid, form_of(self.traits, grid, [x.data_ptr() % ACCESS_BYTES for x in every])
+
+    def layout_class(self, grid: Grid, usual: Form) -> str:
+        """The key of a layout among measured ones; what the rules choose has the alignment."""
+        names = [t.name for t in self.traits.tensors]
+        return f"{layout_class(grid, names)}, packs of {usual.pack}"
+
+    def runner_of(self, device: torch.device) -> Runner:
+        """Where launches on tensors of a device go; CodegenError where they cannot."""
+        return self.runner or _device(device.index)
+
+    def bench(self, *inputs: Tensor | float, out: Sequence[Tensor] | None = None) -> "CudaBench":
+        """The kernel with these inputs, for measurements."""
+        from graphopt.codegen.cuda_bench import CudaBench
+
+        return CudaBench(self, inputs, out)
+
+    def forget_launches(self) -> None:
+        """Plan anew from now on, as there is another choice."""
+        self._launches.clear()
 
 
 def _reach(x: Tensor) -> int:

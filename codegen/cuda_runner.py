@@ -9,12 +9,14 @@ import ctypes
 import struct
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeAlias
+from functools import cached_property
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 
 from graphopt.codegen.cuda_form import Size
 from graphopt.codegen.cuda_source import NAME, Source
+from graphopt.codegen.device_text import cuda_text
 from graphopt.errors import CodegenError
 
 Start: TypeAlias = Callable[[Sequence[int | float]], None]
@@ -33,6 +35,19 @@ class Runner(Protocol):
         `fixed` has an argument for each of `Source.parameters`; those that are None the function is
         given, in this order.
         """
+
+
+@runtime_checkable
+class Timer(Runner, Protocol):
+    """A runner that can be measured: launches of its kernels may be tuned.
+
+    `device` is all that tells kinds of its device apart, as text.
+    """
+
+    device: str
+
+    def seconds(self, run: Callable[[], None], count: int) -> float:
+        """The mean time of `count` calls of `run` on the device, one after the other."""
 
 
 class Arguments:
@@ -112,6 +127,24 @@ class CuPyRunner:
             return None
 
         return start
+
+    @cached_property
+    def device(self) -> str:
+        """As `Timer`."""
+        runtime = self.cupy.cuda.runtime
+        versions = f"driver {runtime.driverGetVersion()}, runtime {runtime.runtimeGetVersion()}"
+        return cuda_text(self.index, f"{versions}, CuPy {self.cupy.__version__}")
+
+    def seconds(self, run: Callable[[], None], count: int) -> float:
+        """As `Timer`, between two events of torch's current stream."""
+        with torch.cuda.device(self.index):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            for _ in range(count):
+                run()
+            end.record()
+            end.synchronize()
+        return float(begin.elapsed_time(end)) / 1e3 / count
 
     def _begin(self) -> None:
         """Make the context of the current device current in a thread that has not used it yet."""

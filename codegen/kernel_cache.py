@@ -2,7 +2,8 @@
 
 A folder holds for each kernel `<key>.py`, where the key is a hash of the text, of the primitives it is
 made with and of the compiler's version, and for each kind of processor one `.bin`: a checksum and an
-object file. Files appear in one step, so that any number of processes
+object file; and for each launch that was tuned a `.tuned` (`graphopt.codegen.tuned_choices`). Files
+appear in one step, so that any number of processes
 may share a folder; an entry that is cut short or altered is made anew; the least recently used go first
 when the folder grows beyond its bound.
 """
@@ -22,7 +23,7 @@ _DIGEST_BYTES = 32
 
 
 @functools.cache
-def _toolchain() -> str:
+def toolchain() -> str:
     """A text that changes when the same kernel text would become other machine code."""
     here = Path(__file__).parent
     files = [here / name for name in ("formulas.py", "halves.py", "native.py", "primitives.py")]
@@ -33,7 +34,7 @@ def _toolchain() -> str:
 
 def key_of(text: str) -> str:
     """The name of a kernel: the same for the same text and toolchain."""
-    return hashlib.sha256(f"{_toolchain()}\n{text}".encode()).hexdigest()[:32]
+    return hashlib.sha256(f"{toolchain()}\n{text}".encode()).hexdigest()[:32]
 
 
 def load(text: str, folder: Path | None = DEFAULT_CACHE) -> types.ModuleType:
@@ -44,8 +45,8 @@ def load(text: str, folder: Path | None = DEFAULT_CACHE) -> types.ModuleType:
     if known is not None:
         return known
     path = None if folder is None else folder / f"{key}.py"
-    if path is not None and _read(path) != text.encode():
-        _write(path, text.encode())
+    if path is not None and read(path) != text.encode():
+        write(path, text.encode())
     module = types.ModuleType(name)
     module.__file__ = str(path)
     exec(compile(text, str(path or name), "exec"), module.__dict__)
@@ -56,19 +57,19 @@ def load(text: str, folder: Path | None = DEFAULT_CACHE) -> types.ModuleType:
 def kept_code(folder: Path, name: str) -> bytes | None:
     """Machine code that `keep_code` kept; None where there is none, or it is damaged."""
     path = folder / f"{name}.bin"
-    content = _read(path)
+    content = read(path)
     if content is None:
         return None
     digest, code = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
     if hashlib.sha256(code).digest() != digest:
         return None
-    _touch(path)
+    touch(path)
     return code
 
 
 def keep_code(folder: Path, name: str, code: bytes, max_bytes: int = MAX_BYTES) -> None:
     """Keep machine code; where the folder cannot be written, nothing is kept."""
-    _write(folder / f"{name}.bin", hashlib.sha256(code).digest() + code)
+    write(folder / f"{name}.bin", hashlib.sha256(code).digest() + code)
     trim(folder, max_bytes)
 
 
@@ -91,21 +92,23 @@ def trim(folder: Path, max_bytes: int) -> None:
         total -= size
 
 
-def _read(path: Path) -> bytes | None:
+def read(path: Path) -> bytes | None:
+    """The content of a file; None where there is none."""
     try:
         return path.read_bytes()
     except OSError:
         return None
 
 
-def _touch(path: Path) -> None:
+def touch(path: Path) -> None:
+    """Say that a file was used now."""
     try:
         os.utime(path)
     except OSError:
         return
 
 
-def _write(path: Path, content: bytes) -> None:
+def write(path: Path, content: bytes) -> None:
     """Replace a file in one step; where that cannot be done, leave it."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

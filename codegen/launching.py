@@ -4,7 +4,7 @@ import functools
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from graphopt.codegen.huge_pages import advised
 from graphopt.codegen.layout import output_shape
 from graphopt.codegen.region import Extent, Reduce, Region
 from graphopt.errors import CodegenError
+
+if TYPE_CHECKING:
+    from graphopt.codegen.tuning import Bench, Tuned
 
 # Of a launch for known layouts: takes the addresses of the tensors and then the scalars, gives the sums
 # over rows.
@@ -53,6 +56,22 @@ class RegionKernel(ABC):
 
         `out` may be inputs written over where the region allows that; otherwise these are copied first.
         """
+
+    def bench(self, *inputs: Tensor | float, out: Sequence[Tensor] | None = None) -> "Bench":
+        """The kernel with inputs of a call, for measurements; CodegenError where none can be made."""
+        raise CodegenError(f"a {type(self).__name__} has no launches to measure")
+
+    def tune(
+        self,
+        *inputs: Tensor | float,
+        out: Sequence[Tensor] | None = None,
+        rounds: int = 11,
+        again: bool = True,
+    ) -> "Tuned":
+        """Measure launches on these inputs, and use the best: `graphopt.codegen.tuning.tune`."""
+        from graphopt.codegen.tuning import tune
+
+        return tune(self, *inputs, out=out, rounds=rounds, again=again)
 
     @abstractmethod
     def may_lie_over(self, number: int, output: int) -> bool:

@@ -64,16 +64,16 @@ class NumbaCudaKernel(CudaKernel):
         return write(self.region, form)
 
     def form_and_size(
-        self, grid: Grid, addresses: Sequence[int], pointers: tuple[str, ...], processors: int
+        self, grid: Grid, addresses: Sequence[int], pointers: tuple[str, ...], runner: Runner
     ) -> tuple[Form, Size]:
         """As `CudaKernel`."""
         form = numba_cuda_form(self.traits, grid, addresses, pointers)
         spread = form if form.flat else replace(form, held=_PACKS)
-        return form, size_of(self.traits, grid, spread, processors)
+        return form, size_of(self.traits, grid, spread, runner.processors)
 
-    def runner_of(self, index: int) -> Runner:
-        """What launches on a GPU; CodegenError where nothing can."""
-        return _device(index)
+    def runner_of(self, device: torch.device) -> Runner:
+        """As `CudaKernel`."""
+        return self.runner or _device(device.index)
 
 
 class NumbaRunner:

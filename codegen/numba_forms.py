@@ -4,8 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from graphopt.codegen.region import Dtype, Extent, Reduce, Region
+from graphopt.codegen.stages import RECOMPUTE_COST
 
-BLOCK = 2048  # columns; a tile of float64 is then 16 KiB, of a first-level cache of 32 or 48
+BLOCK = 2048  # columns that a pass does at a time; of four inputs they fit into a cache of 32 KiB
+TILE = 512  # of a pass whose outputs bypass the caches: there, both tiles and inputs have to fit
 KNOWN_COLUMNS = 64  # up to so many, a kernel is written for their number
 _LANES = 8  # numbers in the shortest vectors that are worth it
 BYTES: Mapping[Dtype, int] = {
@@ -21,11 +23,12 @@ BYTES: Mapping[Dtype, int] = {
 
 @dataclass(frozen=True)
 class Form:
-    """What of its tensors' layout a kernel is written for.
+    """What of its tensors' layout, and of its `NumbaChoice`, a kernel is written for.
 
     `row_dims`: into how many dimensions rows fall. `strided`: tensors whose columns are not neighbours.
     `streamed`: outputs that bypass the caches. `flat`: rows do not matter. `columns`: how many there are,
-    0 for any number; a short loop of known length becomes a few vector instructions.
+    0 for any number; a short loop of known length becomes a few vector instructions. `block`,
+    `tile`, `recompute_cost` and `online` are those of the choice.
     """
 
     row_dims: int = 1
@@ -33,6 +36,10 @@ class Form:
     streamed: tuple[str, ...] = ()
     flat: bool = False
     columns: int = 0
+    block: int = BLOCK
+    tile: int = TILE
+    recompute_cost: int = RECOMPUTE_COST
+    online: bool = True
 
 
 @dataclass(frozen=True)

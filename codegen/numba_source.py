@@ -9,7 +9,7 @@ them from there.
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-from graphopt.codegen.numba_forms import BLOCK, BYTES, Form, Operand, Source, known_columns, tensors
+from graphopt.codegen.numba_forms import BYTES, Form, Operand, Source, known_columns, tensors
 from graphopt.codegen.region import (
     Apply,
     Constant,
@@ -47,7 +47,7 @@ class _Writer:
 
     def __post_init__(self) -> None:
         self.facts = self.region.facts
-        self.stages = stages(self.region)
+        self.stages = stages(self.region, self.form.recompute_cost, self.form.online)
         self.tensors = tensors(self.region)
         self.of_name = {t.name: t for t in self.tensors}
         self.size = 8 if self.region.math == "float64" else 4
@@ -207,18 +207,20 @@ class _Writer:
             self._block(stage)
             return
         first, last = ("begin", "end") if self.form.flat else ("0", "columns")
-        self._line(f"for start in range({first}, {last}, {BLOCK}):")
+        streams = any(self.region.outputs[k].name in self.form.streamed for k in stage.outputs)
+        step = self.form.tile if streams else self.form.block
+        self._line(f"for start in range({first}, {last}, {step}):")
         with _indented(self):
-            self._line(f"stop = min(start + {BLOCK}, {last})")
+            self._line(f"stop = min(start + {step}, {last})")
             self._block(stage)
 
     def _online_stage(self, stage: Stage, online: Online) -> None:
         """The maximum of a block, then its sum of exponentials while it is in the first-level cache."""
         peak, total, math = f"v{online.peak}", f"v{online.total}", self.region.math
         self._line(f"{peak}, {total} = -infinity, zero")
-        self._line(f"for start in range(0, columns, {BLOCK}):")
+        self._line(f"for start in range(0, columns, {self.form.block}):")
         with _indented(self):
-            self._line(f"stop = min(start + {BLOCK}, columns)")
+            self._line(f"stop = min(start + {self.form.block}, columns)")
             self._line("highest, part = -infinity, zero")
             self._line("for j in range(start, stop):")
             with _indented(self):
@@ -230,7 +232,7 @@ class _Writer:
                 self._line(f"b{i} = buffer + {self.buffer_of[i]} * pitch")
                 self._line(f"b{online.peak} = buffer + {self.buffer_of[online.peak]} * pitch")
                 place = self.buffer_place[online.peak]
-                self._line(f"store_{math}(b{online.peak}, start // {BLOCK}, highest, {place})")
+                self._line(f"store_{math}(b{online.peak}, start // {self.form.block}, highest, {place})")
             self._line("for j in range(start, stop):")
             with _indented(self):
                 self._places(replace(stage, kept=()))
@@ -276,11 +278,12 @@ class _Writer:
     def _scale_of_block(self, i: int, peak: int) -> None:
         """What makes a block's kept exponentials relative to the maximum of the row."""
         math, place = self.region.math, self.buffer_place[peak]
-        own = f"load_{math}(buffer + {self.buffer_of[peak]} * pitch, start // {BLOCK}, {place}, one)"
+        at = f"start // {self.form.block}"
+        own = f"load_{math}(buffer + {self.buffer_of[peak]} * pitch, {at}, {place}, one)"
         self._line(f"s{i} = exp({own} - v{peak})")
 
     def _tile(self, tensor: Operand) -> str:
-        at = self.form.streamed.index(tensor.name) * BLOCK * 8
+        at = self.form.streamed.index(tensor.name) * self.form.tile * 8
         return f"(buffer + {len(self.buffer_of)} * pitch + {at})"
 
     def _places(self, stage: Stage) -> None:

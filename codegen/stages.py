@@ -4,6 +4,7 @@ Neutral between backends. A full value of an early stage that a later one needs 
 that takes few instructions, and is kept in a buffer of one row where it takes many.
 """
 
+import functools
 import itertools
 from dataclasses import dataclass, replace
 
@@ -12,6 +13,7 @@ from graphopt.codegen.region import Apply, Extent, Gather, Input, Reduce, Region
 # Instructions for one number above which it is kept rather than computed again: about what a store and
 # a load in the second-level cache take, beside a load in the first for each input.
 RECOMPUTE_COST = 12
+RECOMPUTE_ALL = 1_000_000  # more than any number takes
 
 
 @dataclass(frozen=True)
@@ -52,10 +54,14 @@ class Stage:
     online: Online | None = None
 
 
-def stages(region: Region, recompute_cost: int = RECOMPUTE_COST) -> tuple[Stage, ...]:
+@functools.lru_cache(maxsize=4096)
+def stages(
+    region: Region, recompute_cost: int = RECOMPUTE_COST, online: bool = True
+) -> tuple[Stage, ...]:
     """The passes of a region, the first of stage 0.
 
-    The last may be one of rows alone.
+    The last may be one of rows alone. Without `online`, a maximum and the sum of exponentials below it
+    take two passes.
 
     >>> from graphopt.codegen.builder import Builder
     >>> b = Builder()
@@ -67,24 +73,27 @@ def stages(region: Region, recompute_cost: int = RECOMPUTE_COST) -> tuple[Stage,
     """
     found = list(_Planner(region, recompute_cost).plan())
     for n, (stage, after) in enumerate(itertools.pairwise(found)):
-        online = _online(region, stage, after)
-        if online is not None:
-            found[n] = replace(stage, online=online, kept=after.kept)
+        both = _online(region, stage, after) if online else None
+        if both is not None:
+            found[n] = replace(stage, online=both, kept=after.kept)
             found[n + 1] = Stage(rows=after.rows, row_outputs=after.row_outputs)
     return tuple(found)
 
 
-def may_overwrite(region: Region, number: int, output: int) -> bool:
+def may_overwrite(
+    region: Region, number: int, output: int, passes: tuple[Stage, ...] | None = None
+) -> bool:
     """Whether an output may lie over an input, place for place: it is stored when that was last read.
 
     `number` counts `Region.inputs`, `output` counts `Region.outputs`. In the pass that stores it, the
     output has to be made of the input, so that no order of loads and stores can change the result.
+    `passes` are those of the kernel, by default `stages(region)`.
     """
     named, value = region.inputs[number], region.outputs[output].value
     at = region.values.index(named)
     if region.facts[value].extent is not named.extent or named.extent is not Extent.FULL:
         return False
-    passes = stages(region)
+    passes = stages(region) if passes is None else passes
     reads = [n for n, stage in enumerate(passes) if at in (*stage.places, *_sources(region, stage))]
     stores = next(n for n, stage in enumerate(passes) if output in stage.outputs)
     if any(n > stores for n in reads):

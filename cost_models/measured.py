@@ -130,7 +130,7 @@ def _measure(calls: Mapping[str, Call], device: torch.device, repeats: int) -> d
     if device.type == "cuda" and not torch.cuda.is_available():
         return dict.fromkeys(calls, Probe(None, remark=f"there is no device {device} here"))
     probes: dict[str, Probe] = {}
-    with _undisturbed(device):
+    with undisturbed(device):
         for key, call in calls.items():
             seconds, remark = _time(call, device, repeats)
             probes[key] = Probe(seconds, remark=remark)
@@ -147,7 +147,7 @@ def _measure(calls: Mapping[str, Call], device: torch.device, repeats: int) -> d
 
 
 @contextmanager
-def _undisturbed(device: torch.device) -> Iterator[None]:
+def undisturbed(device: torch.device) -> Iterator[None]:
     """Real tensors, no autograd, no autocast, and the random number generators put back."""
     devices = [device.index or 0] if device.type == "cuda" else []
     with ExitStack() as stack:
@@ -161,7 +161,7 @@ def _undisturbed(device: torch.device) -> Iterator[None]:
 def _time(call: Call, device: torch.device, repeats: int) -> tuple[float | None, str]:
     """The least seconds of `repeats` runs after a first one; or None and why it cannot run."""
     size_bytes = sum(spec.elements * spec.dtype.itemsize for spec in call.specs)
-    if size_bytes > _limit_bytes(device):
+    if size_bytes > limit_bytes(device):
         return None, f"its inputs of {size_bytes} bytes are too large to be made up here"
     try:
         args, kwargs = pytree.tree_map(make, (call.args, call.kwargs))
@@ -248,7 +248,7 @@ def _allocations(event: Any, device: torch.device) -> Iterator[Any]:
         yield from _allocations(child, device)
 
 
-def _limit_bytes(device: torch.device) -> int:
+def limit_bytes(device: torch.device) -> int:
     """The most that inputs may take: a quarter of the device's memory."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory // 4

@@ -273,15 +273,21 @@ def _fixed(
     return kernel.fixed(fused.grid, places, device, names), taken, offsets
 
 
-def _run(fused: Fused, inputs: Sequence[Tensor], results: Sequence[Tensor]) -> None:
-    """On tensors of any strides and device."""
-    region = fused.region
+def places(
+    fused: Fused, inputs: Sequence[Tensor], results: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The inputs and outputs of the region in these tensors."""
     given: list[Tensor] = []
-    for value, place in zip(region.inputs, fused.reads, strict=True):
+    for value, place in zip(fused.region.inputs, fused.reads, strict=True):
         x = inputs[place.tensor]
         given.append(x.reshape(()) if value.extent is Extent.SCALAR else _viewed(x, place))
-    out = [_viewed(results[place.tensor], place) for place in fused.writes]
-    kernel_on(region, inputs[0].device)(*given, out=out)
+    return given, [_viewed(results[place.tensor], place) for place in fused.writes]
+
+
+def _run(fused: Fused, inputs: Sequence[Tensor], results: Sequence[Tensor]) -> None:
+    """On tensors of any strides and device."""
+    given, out = places(fused, inputs, results)
+    kernel_on(fused.region, inputs[0].device)(*given, out=out)
 
 
 def _in_layout(x: Tensor, layout: Layout) -> Tensor:

@@ -1,4 +1,4 @@
-"""`graphopt kernels`: the text of a generated kernel, what it moves, and its machine code."""
+"""`graphopt kernels`: a generated kernel's text, what it moves, its machine code, its best launch."""
 
 import argparse
 import json
@@ -45,6 +45,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add("--device", default="h100", help="whose memory is counted with (default h100)")
     add("--arch", default="sm_90", metavar="sm_N", help="what --lint compiles for (default sm_90)")
     add("--lint", action="store_true", help="compile with NVRTC or NVVM, and judge the machine code")
+    add("--tune", action="store_true", help="measure launches here, and keep the best for later ones")
+    add("--threads", type=int, metavar="N", help="of the CPU, for --tune (default: all that torch has)")
     add("--quiet", action="store_true", help="without the text")
     add("--json", metavar="FILE", help="write text and facts as JSON too; - prints only JSON")
     command.set_defaults(run=run)
@@ -61,6 +63,9 @@ def run(options: argparse.Namespace) -> None:
     if options.lint and options.backend == "numba":
         raise GraphoptError("--lint is for the CUDA backends")
     traits, shape = Traits(known[options.name](options.dtype)), _shape(options.shape)
+    if options.tune:
+        _tune(traits.region, shape, options)
+        return
     rows = _costs(traits, shape, options.device)
     if options.backend == "numba":
         from graphopt.codegen.numba_cpu import compile_region
@@ -102,6 +107,58 @@ def _costs(traits: "Traits", shape: tuple[int, ...], name: str) -> list[tuple[st
         ("bytes", f"{format_bytes(nbytes)}, each tensor once"),
         ("time", f"{seconds * 1e6:.1f} us at {device.bytes_per_s / 1e9:.4g} GB/s of {device.name}"),
     ]
+
+
+def _tune(region: "Region", shape: tuple[int, ...], options: argparse.Namespace) -> None:
+    """Measure launches on made-up inputs, and say what was chosen."""
+    import torch
+
+    from graphopt.codegen.cuda_launch import cuda_kernel
+    from graphopt.codegen.numba_cpu import compile_region
+    from graphopt.terminal import print_table, write_text
+
+    on_gpu = options.backend == "cuda"
+    if options.backend == "numba-cuda":
+        raise GraphoptError("--tune measures --backend cuda or numba: numba-cuda has one way to launch")
+    if on_gpu and not torch.cuda.is_available():
+        raise GraphoptError(
+            "--tune measures on a GPU, and none is here: --backend numba measures this CPU"
+        )
+    if options.threads is not None and options.threads < 1:
+        raise GraphoptError(f"--threads {options.threads}: at least 1")
+    kernel = (cuda_kernel if on_gpu else compile_region)(region)
+    before = torch.get_num_threads()
+    torch.set_num_threads(options.threads or before)
+    try:
+        found = kernel.tune(*_inputs(region, shape, "cuda" if on_gpu else "cpu"))
+    finally:
+        torch.set_num_threads(before)
+    if options.json:
+        named = {"kernel": options.name, "dtype": options.dtype, "shape": shape}
+        write_text(options.json, json.dumps({**named, **found.to_data()}, indent=1))
+    if options.json != "-":
+        rows = found.rows()
+        print_table(f"{options.name}, {options.dtype}, {options.shape}", rows[0], rows[1:])
+        print(f"{found}\non {found.device}")
+
+
+def _inputs(region: "Region", shape: tuple[int, ...], device: str) -> list[Any]:
+    """Made-up inputs of a region on a grid."""
+    import torch
+
+    from graphopt.codegen.layout import output_shape
+    from graphopt.codegen.region import Extent
+    from graphopt.cost_models.calls import TensorSpec, make
+
+    found: list[Any] = []
+    for value in region.inputs:
+        if value.extent is Extent.SCALAR:
+            found.append(0.5 if "float" in value.dtype else 1)
+            continue
+        own = output_shape(value.extent, shape)
+        strides = torch.empty(own, device="meta").stride()
+        found.append(make(TensorSpec(getattr(torch, value.dtype), own, strides, torch.device(device))))
+    return found
 
 
 def _source(traits: "Traits", shape: tuple[int, ...], backend: str) -> "Source":

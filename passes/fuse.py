@@ -25,6 +25,7 @@ from graphopt.passes.base import Pass
 from graphopt.passes.fuse_apply import fused_program, with_kernels
 from graphopt.passes.fuse_kernel import Kernel
 from graphopt.passes.fuse_regions import Missed, regions_of
+from graphopt.passes.fuse_tune import TunedKernel, tuned_kernels
 from graphopt.plan import Plan
 from graphopt.program import Program
 
@@ -52,16 +53,18 @@ class FusePlan(Plan):
     """The kernels of a program, and every fusion that was looked at and not done.
 
     `peak_bytes` is that of the program as it stands in its order, parameters included, `baseline_bytes`
-    that without the kernels. The nodes of `regions` are all that counts when the plan is applied.
+    that without the kernels. The nodes of `regions` are all that counts when the plan is applied; `tuned`
+    says what measurement chose, which launches find in the folder of kernels.
     """
 
     regions: tuple[FusedRegion, ...]
     missed: tuple[Missed, ...]
     peak_bytes: int
     baseline_bytes: int
+    tuned: tuple[TunedKernel, ...] = ()
 
     def __post_init__(self) -> None:
-        for name, kind in (("regions", FusedRegion), ("missed", Missed)):
+        for name, kind in (("regions", FusedRegion), ("missed", Missed), ("tuned", TunedKernel)):
             rows: Any = getattr(self, name)
             made = tuple(_from_json(kind, row) if isinstance(row, dict) else row for row in rows)
             object.__setattr__(self, name, made)
@@ -81,10 +84,17 @@ class FusePlan(Plan):
             return "nothing is fused"
         count = sum(len(r.nodes) for r in self.regions)
         before = sum(r.bytes_before for r in self.regions)
-        return (
+        text = (
             f"{count} operators in {len(self.regions)} kernels, which move "
             f"{format_bytes(before - self.saved_bytes)} instead of {format_bytes(before)}"
         )
+        if not self.tuned:
+            return text
+        before_s = sum(t.count * t.seconds_before for t in self.tuned)
+        after_s = sum(t.count * t.seconds_after for t in self.tuned)
+        if before_s == after_s:
+            return f"{text}; no other launches were measured to be faster"
+        return f"{text}; tuned, they take {after_s * 1e3:.3g} ms instead of {before_s * 1e3:.3g}"
 
     def table(self) -> str:
         """The kernels that save most, and how many fusions are missed by which rule."""
@@ -96,6 +106,12 @@ class FusePlan(Plan):
         ]
         rules = Counter(m.rule for m in self.missed)
         missed = ", ".join(f"{rule} {count}" for rule, count in rules.most_common())
+        slowest = sorted(self.tuned, key=lambda t: -t.count * t.seconds_before)[:_SHOWN]
+        rows += [
+            f"{t.output}{f' and {t.count - 1} equal to it' if t.count > 1 else ''}: {t.choice}, "
+            f"{t.seconds_after * 1e6:.1f} us instead of {t.seconds_before * 1e6:.1f}"
+            for t in slowest
+        ]
         return "\n".join([*rows, *([f"missed fusions by rule: {missed}"] if missed else [])])
 
 
@@ -112,16 +128,21 @@ class Fuse(Pass):
 
     Put it last: what other passes keep is made as before, what they recompute may become part of a
     kernel, and the peak does not rise. Results differ from those of separate operators by rounding only.
-    `min_bytes`: a kernel that saves fewer bytes of memory traffic is not made.
+    `min_bytes`: a kernel that saves fewer bytes of memory traffic is not made. `tune`: each distinct
+    kernel is measured here, with launches as the rules choose them and with others near these, and the
+    best are kept for this and every later process; that takes some seconds for each, once.
     """
 
     name: ClassVar[str] = "fuse"
 
     min_bytes: int = 0
+    tune: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.min_bytes, int) or self.min_bytes < 0:
             raise PlanError(f"min_bytes={self.min_bytes!r} is not a number of bytes")
+        if not isinstance(self.tune, bool):
+            raise PlanError(f"tune={self.tune!r} is neither True nor False")
 
     def plan(self, program: Program, costs: Costs) -> FusePlan:
         """The kernels that are predicted to be faster and do not raise the peak."""
@@ -142,7 +163,9 @@ class Fuse(Pass):
             remarks += [Missed(nodes[-1], "gain", why) for nodes, why in poor.items()]
             kernels = [k for k in kernels if tuple(n.name for n in k[0]) not in poor]
         static = costs.dataflow(program).static_bytes
-        return FusePlan(tuple(regions), tuple(remarks), static + timeline.peak_bytes, static + before)
+        tuned = tuned_kernels(after) if self.tune else ()
+        peaks = static + timeline.peak_bytes, static + before
+        return FusePlan(tuple(regions), tuple(remarks), *peaks, tuned)
 
     def _against(self, region: FusedRegion) -> str | None:
         saved = region.bytes_before - region.bytes_after

@@ -1,12 +1,17 @@
 """`graphopt kernels`: texts, predicted bytes and times, and the lint."""
 
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from graphopt.cli import main
-from graphopt.codegen import numba_cuda, nvrtc
+from graphopt.codegen import numba_cpu, numba_cuda, nvrtc
+from graphopt.codegen.numba_bench import NumbaBench
+from graphopt.codegen.numba_cpu import NumbaKernel
 from graphopt.kernels_command import kernels
 
 
@@ -73,3 +78,39 @@ def test_lint(capsys: pytest.CaptureFixture[str]) -> None:
 def test_lint_of_ptx(capsys: pytest.CaptureFixture[str]) -> None:
     text = shown(capsys, "softmax", "--backend", "numba-cuda", "--lint", "--quiet")
     assert "the driver gives out registers" in text and "of 16 bytes, 0 below" in text
+
+
+@pytest.fixture
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where measured launches are kept, instead of the user's; and made-up times."""
+    monkeypatch.setattr(numba_cpu, "compile_region", lambda region: NumbaKernel(region, tmp_path))
+    seconds = {512: 0.5e-3, 1024: 0.8e-3, 2048: 1e-3}
+    monkeypatch.setattr(NumbaBench, "seconds", lambda bench, choice, count: seconds[choice.block])
+    return tmp_path
+
+
+def test_tune(own_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    threads = torch.get_num_threads()
+    words = ["layer_norm", "--tune", "--backend", "numba", "--shape", "4x1500", "--threads", "1"]
+    text = shown(capsys, *words)
+    assert "rows 4..7, columns 1500: block=512 takes 0.50 of the default's time" in text
+    assert re.search(r"block=1024 +800\.0 +0\.800 +0\.800-0\.800\n", text) and ", 1 threads" in text
+    assert re.search(r"block=512 +500\.0 +0\.500 +0\.500-0\.500 +again, chosen\n", text)
+    data = json.loads(shown(capsys, *words, "--json", "-"))
+    assert data["chosen"]["block"] == 512 and data["kernel"] == "layer_norm"
+    assert len(list(own_folder.glob("*.tuned"))) == 1 and torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--backend", "numba", "--threads", "0"], "--threads 0: at least 1"),
+        (["--threads", "2"], "--backend numba measures this CPU"),
+        (["--backend", "numba-cuda"], "numba-cuda has one way to launch"),
+    ],
+)
+def test_messages_of_tune(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available() and "numba" not in arguments:
+        pytest.skip("a GPU is here")
+    assert main(["kernels", "softmax", "--tune", *arguments]) == 1
+    assert message in capsys.readouterr().err

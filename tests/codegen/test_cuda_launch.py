@@ -146,11 +146,15 @@ class MadeUp:
         self.stream, self.device, self.context, self.begun = 7, 0, 0, 0
         self.broken = ""
         driver = types.SimpleNamespace(launchKernel=self.launch, ctxGetCurrent=lambda: self.context)
-        runtime = types.SimpleNamespace(free=self.begin)
+        versions = {"driverGetVersion": lambda: 13000, "runtimeGetVersion": lambda: 13000}
+        runtime = types.SimpleNamespace(free=self.begin, **versions)
         device = lambda index: contextlib.nullcontext()  # noqa: E731
         cuda = types.SimpleNamespace(Device=device, driver=driver, runtime=runtime)
-        patch.setitem(sys.modules, "cupy", types.SimpleNamespace(cuda=cuda, RawKernel=self.kernel))
-        properties = types.SimpleNamespace(multi_processor_count=132)
+        cupy = types.SimpleNamespace(cuda=cuda, RawKernel=self.kernel, __version__="14.2")
+        patch.setitem(sys.modules, "cupy", cupy)
+        properties = types.SimpleNamespace(
+            multi_processor_count=132, name="made up", major=9, minor=0, total_memory=1
+        )
         patch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
         patch.setattr(torch.cuda, "device", self.moved)
         patch.setattr(torch._C, "_cuda_getDevice", lambda: self.device, raising=False)

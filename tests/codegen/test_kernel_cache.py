@@ -112,7 +112,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
 def test_other_primitives_make_other_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     before = kernel_cache.key_of("text")
     assert before != kernel_cache.key_of("other text")
-    monkeypatch.setattr(kernel_cache, "_toolchain", lambda: "another compiler")
+    monkeypatch.setattr(kernel_cache, "toolchain", lambda: "another compiler")
     assert before != kernel_cache.key_of("text")
 
 

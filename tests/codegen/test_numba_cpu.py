@@ -13,7 +13,7 @@ from random_regions import assert_no_worse, drawn_region
 from torch import Tensor
 
 from graphopt import kernels
-from graphopt.codegen import native, numba_cpu, reference, regions
+from graphopt.codegen import native, numba_choice, reference, regions
 from graphopt.codegen.builder import Builder
 from graphopt.codegen.numba_cpu import NumbaKernel, compile_region
 from graphopt.codegen.numba_forms import Form
@@ -186,7 +186,7 @@ def test_dropout_draws_the_same_again() -> None:
 
 @pytest.mark.parametrize("first", [0, 3])
 def test_streamed_outputs(first: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(numba_cpu, "STREAM_BYTES", 0)
+    monkeypatch.setattr(numba_choice, "STREAM_BYTES", 0)
     kernel = NumbaKernel(regions.rms_norm("float32", True), None)
     x, w = torch.randn(5, 2080), torch.randn(2080)
     out = [torch.zeros(5 * 2080 + 16)[first : first + 5 * 2080].view(5, 2080) for _ in range(2)]
@@ -194,7 +194,10 @@ def test_streamed_outputs(first: int, monkeypatch: pytest.MonkeyPatch) -> None:
     streamed = {form.streamed for form in kernel._compiled}
     assert streamed == {("out", "sum") if first == 0 else ()}
     assert_no_worse(kernel.region, (x, x, 1e-6, w), out)
-    (flat,) = NumbaKernel(regions.swiglu("float32"), None)(x[0, :2079], x[1, :2079])
+    monkeypatch.setattr(numba_choice, "STREAM_COST", numba_choice.STREAM_ALL)
+    kernel = NumbaKernel(regions.swiglu("float32"), None)
+    (flat,) = kernel(x[0, :2079], x[1, :2079])
+    assert [form.streamed for form in kernel._compiled] == [("out",)]
     torch.testing.assert_close(flat, torch.nn.functional.silu(x[0, :2079]) * x[1, :2079])
 
 
