@@ -10,20 +10,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 from torch.autograd.graph import get_gradient_edge
 
 from graphopt import ops
 
 
-class Accumulation(nn.Module):
+class Accumulation:
     """Adds gradients to the parameters that the forward was called with.
 
     `positions`: those of the parameters among the arguments of the forward; the gradients have the same.
     """
 
     def __init__(self, positions: Sequence[int]) -> None:
-        super().__init__()
         self.positions = tuple(positions)
         self._known: dict[int, weakref.ref[torch.Tensor]] = {}
         self._is_certain = True
@@ -35,17 +34,12 @@ class Accumulation(nn.Module):
         elif self._is_certain:
             self._is_certain = all(self._known[i]() is arguments[i] for i in self.positions)
 
-    def forward(self, position: int, gradient: torch.Tensor) -> torch.Tensor | None:
-        """None where `gradient` was added to its parameter's, else `gradient`, for autograd to add."""
-        parameter = self._known[position]() if self._is_certain and self._known else None
-        if parameter is None or not _would_be_added(parameter, gradient):
-            return gradient
-        parameter.grad.add_(gradient)  # type: ignore[union-attr]
-        return None
+    def parameter(self, position: int) -> torch.Tensor | None:
+        """The parameter of a gradient; None where it is not certain."""
+        return self._known[position]() if self._is_certain and self._known else None
 
     def insert(self, module: fx.GraphModule) -> None:
         """Let the backward `module` add each gradient where it is made."""
-        module.add_submodule("accumulation", self)
         output = module.graph.output_node()
         results: list[Any] = list(output.args[0])  # type: ignore[arg-type]
         for position in self.positions:
@@ -53,10 +47,26 @@ class Accumulation(nn.Module):
             if isinstance(made, fx.Node) and made.op != "placeholder":
                 _move_up(made)
                 with module.graph.inserting_after(made):
-                    added = module.graph.call_module("accumulation", (position, made))
+                    added = module.graph.call_function(_Addition(self, position), (made,))
                 added.meta = dict(made.meta)
                 results[position] = added
         output.args = (tuple(results),)
+
+
+class _Addition:
+    """Adds one gradient."""
+
+    def __init__(self, accumulation: Accumulation, position: int) -> None:
+        self.__name__ = self.__qualname__ = "accumulated"
+        self._accumulation, self._position = accumulation, position
+
+    def __call__(self, gradient: torch.Tensor) -> torch.Tensor | None:
+        """None where `gradient` was added to its parameter's, else `gradient`, for autograd to add."""
+        parameter = self._accumulation.parameter(self._position)
+        if parameter is None or parameter.grad is None or not _would_be_added(parameter, gradient):
+            return gradient
+        parameter.grad.add_(gradient)
+        return None
 
 
 def _move_up(view: fx.Node) -> None:

@@ -14,10 +14,12 @@ from graphopt import ops
 from graphopt.cost_models.memory import may_lie_over, may_overwrite
 from graphopt.fused_ops import FusedCall, fused_at, is_fused, overwritable
 from graphopt.program import LEAVES, Leaf, Storage, leaves, storages_of
+from graphopt.short_calls import shorten_calls
 
 
 def boxed(module: fx.GraphModule) -> Callable[[list[Any]], Sequence[Any]]:
     """`module` as a callable that takes its arguments in a list, and empties it, so that they can die."""
+    shorten_calls(module)
     module.graph.set_codegen(_BoxedCodeGen())
     module.recompile()
     forward = module.forward

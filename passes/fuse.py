@@ -23,6 +23,7 @@ from graphopt.errors import PlanError
 from graphopt.fused_ops import is_fused
 from graphopt.passes.base import Pass
 from graphopt.passes.fuse_apply import fused_program, with_kernels
+from graphopt.passes.fuse_copies import with_copies
 from graphopt.passes.fuse_kernel import Kernel
 from graphopt.passes.fuse_regions import Missed, regions_of
 from graphopt.passes.fuse_tune import TunedKernel, tuned_kernels
@@ -148,20 +149,26 @@ class Fuse(Pass):
         """The kernels that are predicted to be faster and do not raise the peak."""
         kernels, missed = regions_of(program)
         remarks = list(missed)
-        before, dropped = _timeline(program, costs)[0].peak_bytes, 1
+        before, dropped, copying = _timeline(program, costs)[0].peak_bytes, 1, True
         while True:
-            after = with_kernels(program, kernels)
-            costs_after = costs.with_nodes(n for n in after.operators() if n.name not in costs.nodes)
-            regions = _described(after, kernels, costs, costs_after)
+            made = with_copies(program, kernels) if copying else kernels
+            after = with_kernels(program, made)
+            costs_after = _costs_with(after, costs)
+            regions = _described(after, made, costs, costs_after)
             poor = {r.nodes: why for r in regions if (why := self._against(r)) is not None}
             if not poor:
                 timeline, flow = _timeline(after, costs_after)
-                if timeline.peak_bytes <= before:
+                peak = timeline.peak_bytes
+                if peak <= before:
                     break
+                if copying and _peak(program, kernels, costs) < peak:
+                    copying = False
+                    continue
                 at_peak = _at_peak(timeline, flow, after, regions)[:dropped]
                 poor, dropped = {r.nodes: "the peak would rise" for r in at_peak}, 2 * dropped
             remarks += [Missed(nodes[-1], "gain", why) for nodes, why in poor.items()]
-            kernels = [k for k in kernels if tuple(n.name for n in k[0]) not in poor]
+            last = {nodes[-1] for nodes in poor}
+            kernels = [k for k in kernels if k[0][-1].name not in last]
         static = costs.dataflow(program).static_bytes
         tuned = tuned_kernels(after) if self.tune else ()
         peaks = static + timeline.peak_bytes, static + before
@@ -194,9 +201,12 @@ def _described(
         if is_fused(node):
             made.update({user.name: node for user in node.users})
     found = []
+    seen: set[fx.Node] = set()  # what is made again later saves nothing
     for nodes, kernel in kernels:
         outputs = tuple(n.name for n in kernel.outputs)
-        cost, parts = costs_after.nodes[made[outputs[0]].name], [costs.nodes[n.name] for n in nodes]
+        parts = [costs.nodes[n.name] for n in nodes if n not in seen]
+        cost = costs_after.nodes[made[outputs[0]].name]
+        seen |= {*nodes}
         found.append(
             FusedRegion(
                 tuple(n.name for n in nodes),
@@ -213,6 +223,16 @@ def _described(
 
 def _moved(cost: NodeCost) -> int:
     return cost.read_bytes + cost.write_bytes
+
+
+def _costs_with(after: Program, costs: Costs) -> Costs:
+    """`costs` with those of the kernels of `after`."""
+    return costs.with_nodes(n for n in after.operators() if n.name not in costs.nodes)
+
+
+def _peak(program: Program, kernels: Sequence[tuple[Sequence[fx.Node], Kernel]], costs: Costs) -> int:
+    after = with_kernels(program, kernels)
+    return _timeline(after, _costs_with(after, costs))[0].peak_bytes
 
 
 def _timeline(program: Program, costs: Costs) -> tuple[Timeline, Dataflow]:

@@ -1,6 +1,7 @@
 """Regions of a program put in place of their nodes, each as one operator that runs a generated kernel."""
 
 import heapq
+from collections import Counter
 from collections.abc import Sequence
 from operator import getitem
 from typing import Any
@@ -10,6 +11,7 @@ from torch import fx
 from graphopt import ops
 from graphopt.errors import PlanError
 from graphopt.fused_ops import FUSED
+from graphopt.passes.fuse_copies import made_by
 from graphopt.passes.fuse_kernel import Kernel, kernel_of, results_of
 from graphopt.passes.fuse_values import CannotFuse, is_transparent
 from graphopt.passes.pack_saved import marked_late
@@ -37,11 +39,13 @@ class _Unit:
 def fused_program(program: Program, regions: Sequence[Sequence[str]]) -> Program:
     """`program` with the nodes of each of `regions`, by their names, as one operator.
 
-    PlanError names a node that is not there, is in two regions, or cannot be in one, and a region that
-    would need what is made from it.
+    A node of several regions is made by the first, and again by the others for themselves. PlanError
+    names a node that is not there, is twice in a region, or cannot be in one, and a region that would
+    need what is made from it.
     """
-    late = late_nodes(program)
-    return with_kernels(program, [(n, _kernel(n, late)) for n in _checked(program, regions)])
+    late, every = late_nodes(program), _checked(program, regions)
+    outputs = made_by(every)
+    return with_kernels(program, [(n, _kernel(n, o, late)) for n, o in zip(every, outputs, strict=True)])
 
 
 def with_kernels(program: Program, kernels: Sequence[tuple[Sequence[fx.Node], Kernel]]) -> Program:
@@ -66,25 +70,24 @@ def with_kernels(program: Program, kernels: Sequence[tuple[Sequence[fx.Node], Ke
     return Program(module, program.num_forward_outputs, program.inputs, program.breaks)
 
 
-def _checked(program: Program, regions: Sequence[Sequence[str]]) -> list[list[fx.Node]]:
+def _checked(program: Program, regions: Sequence[Sequence[str]]) -> list[tuple[fx.Node, ...]]:
     """The nodes of each region, in the order of the program."""
     order = {n.name: i for i, n in enumerate(program.graph.nodes)}
     nodes = list(program.graph.nodes)
-    seen: set[str] = set()
-    for name in (name for names in regions for name in names):
-        if name not in order:
-            raise PlanError(f"{name!r} is no node of this program")
-        if name in seen:
-            raise PlanError(f"{name!r} is in two regions")
-        seen.add(name)
-    return [[nodes[i] for i in sorted(order[name] for name in names)] for names in regions]
+    for names in regions:
+        for name, count in Counter(names).items():
+            if name not in order:
+                raise PlanError(f"{name!r} is no node of this program")
+            if count > 1:
+                raise PlanError(f"{name!r} is twice in a region")
+    return [tuple(nodes[i] for i in sorted(order[name] for name in names)) for names in regions]
 
 
-def _kernel(nodes: list[fx.Node], late: set[fx.Node]) -> Kernel:
+def _kernel(nodes: Sequence[fx.Node], outputs: Sequence[fx.Node], late: set[fx.Node]) -> Kernel:
     if len({n in late for n in nodes}) > 1:
         raise PlanError(f"the region of {nodes[0].name} and {nodes[-1].name} is of forward and backward")
     try:
-        return kernel_of(nodes)
+        return kernel_of(nodes, outputs)
     except CannotFuse as reason:
         raise PlanError(f"the region of {nodes[0].name} is no kernel: {reason}") from reason
 
@@ -94,7 +97,9 @@ def _units(program: Program, kernels: Sequence[tuple[Sequence[fx.Node], Kernel]]
     units: dict[fx.Node, _Unit] = {}
     for nodes, kernel in kernels:
         members = tuple(h for n in nodes for h in dict.fromkeys((n, *results_of(n))))
-        units.update(dict.fromkeys(members, _Unit(tuple(nodes), kernel)))
+        unit = _Unit(tuple(nodes), kernel)
+        for member in members:
+            units.setdefault(member, unit)  # of a copy, the one that makes it for others
     for node in program.graph.nodes:
         units.setdefault(node, _Unit((node,)))
     segment, drawn = 0, None

@@ -81,12 +81,16 @@ def check_alone(node: fx.Node) -> None:
     needs(installed(kind), "device", f"there is no backend for {kind} here")
 
 
-def kernel_of(nodes: Sequence[fx.Node]) -> Kernel:
-    """The kernel of `nodes`, which are in order; CannotFuse where there is none."""
+def kernel_of(nodes: Sequence[fx.Node], outputs: Sequence[fx.Node] | None = None) -> Kernel:
+    """The kernel of `nodes`, which are in order; CannotFuse where there is none.
+
+    It makes `outputs`, by default all that is read elsewhere.
+    """
     rows, width = _grid(nodes)
     wide = any(t.dtype is torch.float64 for n in nodes for t in _tensors(n))
     e = Emitter(Builder("float64" if wide else "float32"), rows, width)
-    outputs = outputs_of(nodes)
+    outputs = outputs_of(nodes) if outputs is None else list(outputs)
+    needs(bool(outputs), "outputs", f"nobody reads what {nodes[-1].name} makes")
     try:
         for node in nodes:
             found = emitted(e, node)
@@ -110,9 +114,12 @@ def _as_stored(e: Emitter, value: Value, node: fx.Node) -> Value:
     return replace(value, pieces=tuple(e.b.round(piece, dtype) for piece in value.pieces))
 
 
-def outputs_of(nodes: Sequence[fx.Node]) -> list[fx.Node]:
-    """The nodes of a region whose values are read elsewhere; of several results, the `getitem`s."""
-    inside = {*nodes}
+def outputs_of(nodes: Sequence[fx.Node], inside: set[fx.Node] | None = None) -> list[fx.Node]:
+    """The nodes of a region whose values are read elsewhere; of several results, the `getitem`s.
+
+    Readers that are `inside`, by default in `nodes`, do not count.
+    """
+    inside = {*nodes} if inside is None else inside
     holders = [h for n in nodes for h in results_of(n)]
     return [h for h in holders if _leaves_region(h, inside)]
 

@@ -32,6 +32,7 @@ MODULE_FLOORS = {
     "html_table": 0,
     **dict.fromkeys(["cleanup", "compact_slices", "constant_masks", "origin", "tracing", "verify"], 0),
     **dict.fromkeys(["__main__", "api", "cli", "inductor", "lower", "models"], 4),
+    "short_calls": 4,
     "inductor_memory": 4,
     "separate_gradients": 0,
     "fused_ops": 1,

@@ -250,7 +250,7 @@ def around_a_product(x: Tensor, weight: Tensor) -> Tensor:
     ("regions", "message"),
     [
         ([("tanh", "missing")], "'missing' is no node"),
-        ([("tanh",), ("tanh", "relu")], "'tanh' is in two regions"),
+        ([("tanh", "tanh")], "'tanh' is twice in a region"),
         ([("tanh", "mm")], "no kernel: operator: aten.mm.default has no formula"),
         ([("tanh", "add")], "of tanh and add would make a cycle"),
         ([("relu", "threshold_backward")], "is of forward and backward"),
