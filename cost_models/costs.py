@@ -21,8 +21,9 @@ class Costs:
 
     Where the program is a part of the step, `reserved_bytes` is what the other parts hold meanwhile,
     and `followed` says that parts come after it whose needs are not known yet. `margin_bytes` are what a
-    plan leaves free of its budget, for what a compiler holds beside the plan. `fused` says that Inductor
-    runs the program: it merges equal operators on equal inputs, does not always write over operands
+    plan leaves free of its budget, for what a compiler holds beside the plan. `limit_bytes` is what a
+    pass before promised that the step stays within, if one did. `fused` says that Inductor runs it: it
+    merges equal operators on equal inputs, does not always write over operands
     that die, gives convolutions images in the channels-last layout, and runs elementwise operators in
     kernels of its own, which need no scratch.
     `probed` and `timed` say that scratch and seconds were measured here.
@@ -33,6 +34,7 @@ class Costs:
     workspace_bytes: Mapping[str, int]
     reserved_bytes: int = 0
     margin_bytes: int = 0
+    limit_bytes: int | None = None
     followed: bool = False
     fused: bool = False
     probed: bool = False

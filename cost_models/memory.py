@@ -4,8 +4,8 @@ A `Dataflow` is the program reduced to what memory depends on: operators that al
 storages (`values`) they read and write. Views vanish into the storage they look at.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Set
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from graphopt import ops
+from graphopt.arena_facts import Block, spot_of
 from graphopt.cost_models.nodes import FREE, NodeCost
 from graphopt.fused_ops import fused_at, is_fused, overwritable
 from graphopt.program import Program, Role, leaves, tensors_of
@@ -105,6 +106,34 @@ def dataflow(
     return _Builder(program, costs or {}, workspace or {}).build()
 
 
+def in_arena(flow: Dataflow, block: Block | None, placed: Set[int]) -> Dataflow:
+    """`flow` with the values `placed` in a block: they take no memory of their own, and the block does.
+
+    A block that is kept is static. Another is a value that the first operator with something in it makes;
+    where the backward reads nothing of the forward's in it, each half of the step has one.
+    """
+    if block is None:
+        return flow
+    values = [replace(v, nbytes=0) if i in placed else v for i, v in enumerate(flow.values)]
+    if block.keep:
+        static = flow.static_bytes + block.nbytes
+        return replace(flow, values=tuple(values), static_bytes=static)
+    operators = list(flow.operators)
+    users = [i for i, o in enumerate(operators) if not placed.isdisjoint((*o.reads, *o.writes))]
+    halves = [[i for i in users if operators[i].backward is late] for late in (False, True)]
+    own = {v for i in halves[0] for v in operators[i].writes}
+    is_one = any(v in own and v in placed for i in halves[1] for v in operators[i].reads)
+    for group in [users] if is_one else halves:
+        for i in group:
+            o, arena = operators[i], (len(values),)
+            is_first = i == group[0]
+            writes, reads = (o.writes + arena, o.reads) if is_first else (o.writes, o.reads + arena)
+            operators[i] = replace(o, writes=writes, reads=reads)
+        if group:
+            values.append(Value(block.nbytes, group[0], "arena"))
+    return replace(flow, operators=tuple(operators), values=tuple(values))
+
+
 class _Builder:
     def __init__(
         self, program: Program, costs: Mapping[str, NodeCost], workspace: Mapping[str, int]
@@ -119,6 +148,8 @@ class _Builder:
         self.tainted: set[fx.Node] = set()
         self.mutated: set[int] = set()
         self.mutated_names = {i.name for i in program.inputs if i.mutated}
+        self.block: Block | None = None
+        self.placed: set[int] = set()
 
     def build(self) -> Dataflow:
         nodes = [n for n in self.program.graph.nodes if n.op != "output"]
@@ -127,7 +158,7 @@ class _Builder:
             for node in nodes:
                 if (node in backward) is late:
                     self._visit(node, late)
-        return Dataflow(
+        flow = Dataflow(
             tuple(self.operators),
             tuple(self.values),
             self.value_of,
@@ -136,6 +167,7 @@ class _Builder:
             self._values_behind(self.program.gradients),
             sum(v.nbytes for v in self.values if v.producer == NO_PRODUCER),
         )
+        return in_arena(flow, self.block, self.placed)
 
     def _values_behind(self, outputs: tuple[object, ...]) -> tuple[int, ...]:
         found = [v for o in outputs if isinstance(o, fx.Node) for v in self.value_of[o.name]]
@@ -151,13 +183,16 @@ class _Builder:
             self.tainted.add(node)
         mine: list[int] = []
         written: list[int] = []
-        for leaf in leaves(node):
+        for number, leaf in enumerate(leaves(node)):
             if leaf.alias is None:
                 producer = NO_PRODUCER if node.op in ("placeholder", "get_attr") else len(self.operators)
                 nbytes = 0 if self.program.roles.get(node.name) is Role.TANGENT else leaf.nbytes
                 label = node.name if len(leaves(node)) == 1 else f"{node.name}[{len(mine)}]"
                 mine.append(self._new(nbytes, producer, label))
                 written.append(mine[-1])
+                if (spot := spot_of(node, number)) is not None:
+                    self.block = spot.block
+                    self.placed.add(mine[-1])
             else:
                 position, index = leaf.alias
                 mine.append(self.value_of[inputs[position].name][index])
@@ -237,7 +272,7 @@ def may_overwrite(node: fx.Node, operand: fx.Node) -> bool:
         and result.shape == source.shape
         and result.stride() == source.stride()
         and source.numel() * source.element_size() == leaves(operand)[0].nbytes
-        and _is_dense(source)
+        and is_dense(source)
     )
 
 
@@ -247,10 +282,10 @@ def may_lie_over(node: fx.Node, operand: fx.Node, number: int) -> bool:
     if result is None or source is None or leaves(operand)[0].nbytes != leaves(node)[number].nbytes:
         return False
     whole = source.numel() * source.element_size() == leaves(operand)[0].nbytes
-    return result.dtype == source.dtype and whole and _is_dense(source)
+    return result.dtype == source.dtype and whole and is_dense(source)
 
 
-def _is_dense(tensor: torch.Tensor) -> bool:
+def is_dense(tensor: torch.Tensor) -> bool:
     """True where every element has a place of its own and there are no gaps between them."""
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):

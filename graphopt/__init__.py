@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from graphopt.errors import CodegenError, GraphoptError, PlanError, TraceError, VerifyError
     from graphopt.fitting import fit, peak_formula
     from graphopt.measurement import measure
+    from graphopt.passes.arena import Arena
     from graphopt.passes.calibration import calibration_gradients
     from graphopt.passes.checkpoint import Checkpoint
     from graphopt.passes.fuse import Fuse
@@ -45,6 +46,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "GB",
+    "Arena",
     "Checkpoint",
     "Cluster",
     "CodegenError",
@@ -97,6 +99,7 @@ if not Path(__file__).with_name("passes").is_dir():
 
 # Public name -> the module that defines it.
 _LAZY = {
+    "Arena": "graphopt.passes.arena",
     "Checkpoint": "graphopt.passes.checkpoint",
     "Cluster": "graphopt.cost_models.devices",
     "CodegenError": "graphopt.errors",

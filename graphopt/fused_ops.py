@@ -30,7 +30,7 @@ from graphopt.errors import CodegenError
 
 Ints = tuple[int, ...]
 # A launch: gives the made tensors, or None where another way is needed.
-_Ready = Callable[[Sequence[Tensor]], list[Tensor] | None]
+_Ready = Callable[[Sequence[Tensor], Sequence[Tensor | None]], list[Tensor] | None]
 _STRIDE, _ADDRESS = Tensor.stride, Tensor.data_ptr
 
 
@@ -160,8 +160,8 @@ def _may_meet(fused: Fused, number: int, output: int) -> bool:
 class FusedCall:
     """A kernel as a function of its tensors, of the layouts that it was written for.
 
-    Where `over` names an input tensor and a made tensor, this is written over the input. Calls cost a few
-    microseconds: all that follows from layouts is found once.
+    Where `over` names an input tensor and a made tensor, this is written over the input; others may be
+    written `into` given tensors. Calls cost a few microseconds: what follows from layouts is found once.
     """
 
     def __init__(self, fused: Fused, over: tuple[int, int] | None = None) -> None:
@@ -174,29 +174,38 @@ class FusedCall:
         """Without what was found for the tensors of this process."""
         return FusedCall, (self.fused, self.over)
 
-    def __call__(self, *inputs: Tensor) -> list[Tensor]:
-        """The made tensors."""
+    def __call__(self, *inputs: Tensor, into: Sequence[Tensor | None] = ()) -> list[Tensor]:
+        """The made tensors; `into` has those that are given, of the layout of what is made."""
         if [*map(_STRIDE, inputs)] != self._strides:
             inputs = tuple(map(_in_layout, inputs, self.fused.given))
         index = inputs[0].get_device()
         ready = self._ready.get(index)
-        results = None if ready is None else ready(inputs)
+        results = None if ready is None else ready(inputs, into)
         if results is None:
-            results = self._made(inputs)
+            results = _made(self.fused, self.over, inputs, into)
             _run(self.fused, inputs, results)
             if ready is None:
                 self._ready[index] = _ready(self.fused, inputs, self.over)
         return results
 
-    def _made(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        device, results = inputs[0].device, []
-        for number, (sizes, strides, dtype) in enumerate(_layouts(self.fused)):
-            if self.over is not None and self.over[1] == number:
-                results.append(inputs[self.over[0]].as_strided(sizes, strides))
-            else:
-                made = torch.empty_strided(sizes, strides, dtype=dtype, device=device)
-                results.append(advised(made))
-        return results
+
+def _made(
+    fused: Fused,
+    over: tuple[int, int] | None,
+    inputs: Sequence[Tensor],
+    into: Sequence[Tensor | None],
+) -> list[Tensor]:
+    """The tensors that a kernel writes: given ones, one over an input, and new ones."""
+    device, results = inputs[0].device, []
+    for number, (sizes, strides, dtype) in enumerate(_layouts(fused)):
+        given = into[number] if into else None
+        if given is not None:
+            results.append(given)
+        elif over is not None and over[1] == number:
+            results.append(inputs[over[0]].as_strided(sizes, strides))
+        else:
+            results.append(advised(torch.empty_strided(sizes, strides, dtype=dtype, device=device)))
+    return results
 
 
 def _layouts(fused: Fused) -> list[tuple[Ints, Ints, torch.dtype]]:
@@ -216,7 +225,7 @@ def _ready(fused: Fused, inputs: Sequence[Tensor], over: tuple[int, int] | None)
     pointed = kernel.points and wanted == [(inputs[t].device, inputs[t].dtype) for t in scalars]
     launch, taken, offsets = _fixed(fused, kernel, device, len(inputs), pointed)
     if launch is None:
-        return lambda inputs: None
+        return lambda inputs, into: None
     taken += scalars if pointed else []
     offsets += [0] * (len(taken) - len(offsets))
     as_given, moved = taken == [*range(len(inputs) + len(fused.made))], any(offsets)
@@ -226,13 +235,16 @@ def _ready(fused: Fused, inputs: Sequence[Tensor], over: tuple[int, int] | None)
     tensors, unaligned = {fused.reads[n].tensor for n in kernel.given}, kernel.alignment - 1
     sums = [fused.writes[k] for k in kernel.sums]
 
-    def run(inputs: Sequence[Tensor]) -> list[Tensor] | None:
+    def run(inputs: Sequence[Tensor], into: Sequence[Tensor | None]) -> list[Tensor] | None:
         if current is not None and current() != index:
             return None
-        made = [
-            empty(*layout) if n != target else inputs[source].as_strided(*layout[:2])
-            for n, layout in enumerate(layouts)
-        ]
+        if into:
+            made = _made(fused, over, inputs, into)
+        else:
+            made = [
+                empty(*layout) if n != target else inputs[source].as_strided(*layout[:2])
+                for n, layout in enumerate(layouts)
+            ]
         given: list[Any] = [*map(_ADDRESS, inputs), *map(_ADDRESS, made)]
         together = 0
         for t in tensors:

@@ -202,7 +202,7 @@ class Side:
         own = [i for i, leaf in enumerate(leaves(node)) if leaf.alias is None]
         tensor = (
             tensors_of(node)[own[operator.writes.index(value)]]
-            if value in operator.writes
+            if value in operator.writes[: len(own)]
             else torch.empty(known.nbytes, dtype=torch.uint8, device="meta")
         )
         shape, dtype = _shape_and_dtype(tensor)

@@ -13,7 +13,7 @@ from graphopt.cost_models.nodes import runs_kernel
 from graphopt.inductor_memory import Half
 from graphopt.lower import last_uses
 from graphopt.ops import is_elementwise
-from graphopt.program import bytes_behind, leaves, storages_of
+from graphopt.program import Program, bytes_behind, leaves, storages_of
 
 aten = torch.ops.aten
 # The order is the plan's. A freed buffer that waits to be used again would stay allocated meanwhile.
@@ -38,7 +38,7 @@ class PlannedGraph(Protocol):
         self, joint: fx.GraphModule, inputs: Any, *, num_fwd_outputs: int, **options: Any
     ) -> Any: ...
 
-    def planned_inference(self, module: fx.GraphModule) -> fx.GraphModule: ...
+    def planned_inference(self, module: fx.GraphModule) -> Program: ...
 
     def backward_of(
         self, placeholders: Sequence[fx.Node], usual: Callable[..., Any]
@@ -57,7 +57,7 @@ def compile_with_inductor(
 
     def inner(part: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Any:
         if options.get("is_inference"):
-            part = graph.planned_inference(part)
+            part = graph.planned_inference(part).module
         placeholders = [n for n in part.graph.nodes if n.op == "placeholder"]
         results: Any = part.graph.output_node().args[0]
         returned = [n.name if n in placeholders else None for n in results]

@@ -1,10 +1,11 @@
 """The thorough check: a rewritten program computes what the program did, on made-up inputs.
 
 Both graphs are interpreted operator by operator on the same numbers, with the same seed, and every
-output is compared. A program of views, products and reductions that was only reordered or repeated
-gives equal bits; `tolerance` is relative to the largest element of an output. Where kernels round in
-other places and an output cancels, or its dtype is narrow, more than that may be right: then both are
-compared with the program in float64, and the rewritten one may be off by a few times what the first is.
+output is compared; a graph with an arena runs as it is lowered. A program of views, products and
+reductions that was only reordered or repeated gives equal bits; `tolerance` is relative to the largest
+element of an output. Where kernels round in other places and an output cancels, or its dtype is narrow,
+more than that may be right: then both are compared with the program in float64, and the rewritten one may
+be off by a few times what the first is.
 """
 
 from typing import Any
@@ -15,10 +16,14 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from graphopt import ops
+from graphopt.arena_blocks import Blocks
+from graphopt.arena_facts import spots_of
 from graphopt.cost_models.calls import TensorSpec, make
 from graphopt.cost_models.values import hint
+from graphopt.eager_modules import eager
 from graphopt.errors import VerifyError
-from graphopt.program import Program, tensors_of
+from graphopt.program import Program, Role, tensors_of
+from graphopt.split import backward_module, forward_module, saved_nodes
 
 FACTOR = 10.0  # times the error of the program before
 
@@ -91,7 +96,24 @@ def _wide(value: Any) -> Any:
 def _run(program: Program, inputs: list[object]) -> tuple[object, ...]:
     torch.manual_seed(0)
     copies = [i.clone() if isinstance(i, torch.Tensor) else i for i in inputs]
+    if any(map(spots_of, program.graph.nodes)):
+        return _run_in_arena(program, copies)
     return tuple(fx.Interpreter(program.module).run(*copies, enable_io_processing=False))
+
+
+def _run_in_arena(program: Program, inputs: list[object]) -> tuple[object, ...]:
+    """As `program` runs when it is lowered: a graph that is interpreted knows of no places in memory."""
+    blocks = Blocks()
+    if not program.is_joint:
+        return tuple(eager(program.copy().module, blocks)(inputs))
+    placeholders = (n for n in program.graph.nodes if n.op == "placeholder")
+    parts: dict[bool, list[object]] = {True: [], False: []}
+    for node, value in zip(placeholders, inputs, strict=True):
+        parts[program.roles[node.name] is Role.TANGENT].append(value)
+    saved, count = saved_nodes(program), program.num_forward_outputs
+    results = eager(forward_module(program, saved), blocks)(parts[False])
+    backward = backward_module(program, [n.name for n in saved])
+    return *results[:count], *eager(backward, blocks)([*results[count:], *parts[True]])
 
 
 def made_up(node: fx.Node) -> object:

@@ -19,7 +19,7 @@ def program_passes() -> dict[str, type[Pass]]:
     """The public passes that act on programs, by the name of their class.
 
     >>> list(program_passes())[:2]
-    ['Checkpoint', 'Fuse']
+    ['Arena', 'Checkpoint']
     """
     kinds = {name: getattr(public, name) for name in public.__all__}
     return {n: k for n, k in kinds.items() if isinstance(k, type) and issubclass(k, Pass)}

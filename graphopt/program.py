@@ -102,13 +102,7 @@ class Program:
 
     def copy(self) -> "Program":
         """A Program with a graph of its own; node names and facts are the same."""
-        graph = fx.Graph()
-        result = graph.graph_copy(self.graph, val_map={}, return_output_node=True)
-        assert isinstance(result, tuple)
-        value, output = result
-        new = graph.output(value)
-        new.meta = dict(output.meta)
-        module = fx.GraphModule(self.module, graph)
+        module = fx.GraphModule(self.module, copied(self.graph))
         module.meta = dict(self.module.meta)
         return Program(module, self.num_forward_outputs, self.inputs, self.breaks)
 
@@ -141,6 +135,16 @@ class Program:
             folded(f"{len(rows)} kinds of operators", table(("operator", "calls", "bytes made"), rows)),
         ]
         return "\n".join(parts)
+
+
+def copied(graph: fx.Graph) -> fx.Graph:
+    """A graph of the same nodes, with the same names and facts."""
+    new = fx.Graph()
+    result = new.graph_copy(graph, val_map={}, return_output_node=True)
+    assert isinstance(result, tuple)
+    value, output = result
+    new.output(value).meta = dict(output.meta)
+    return new
 
 
 def tensors_of(node: fx.Node) -> tuple[torch.Tensor | None, ...]:

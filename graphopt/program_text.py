@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from graphopt.arena_facts import spots_of
 from graphopt.origin import Origin, origin_of
-from graphopt.program import Program, tensors_of
+from graphopt.program import Program, leaves, tensors_of
 
 
 def program_lines(program: Program, *, origins: bool = True) -> list[str]:
@@ -60,7 +61,12 @@ def _namespaces(node: fx.Node) -> Iterator[str]:
 def _facts(node: fx.Node) -> str:
     tensors = (t for t in tensors_of(node) if t is not None)
     shapes = (f"{str(t.dtype).removeprefix('torch.')}[{', '.join(map(str, t.shape))}]" for t in tensors)
-    return ", ".join(shapes)
+    places = (
+        f"at byte {spot.offset} of the arena"
+        for spot, leaf in zip(spots_of(node), leaves(node), strict=False)
+        if spot is not None and leaf.alias is None
+    )
+    return " ".join([", ".join(shapes), *places])
 
 
 def _call(node: fx.Node) -> str:

@@ -11,12 +11,14 @@ from torch import fx
 from torch._dynamo.backends.common import aot_autograd
 
 from graphopt.accumulation import Accumulation
+from graphopt.arena_blocks import Blocks
+from graphopt.arena_facts import block_of, spots_of
 from graphopt.capture import Frame, frame_of, program_of
 from graphopt.cleanup import cleaned
 from graphopt.cost_models.costs import Costs
 from graphopt.cost_models.devices import Device, format_bytes
+from graphopt.eager_modules import Boxed, eager, eager_backward
 from graphopt.errors import PlanError
-from graphopt.lower import boxed, overwrite_dead_operands
 from graphopt.numerics import compare_numerics
 from graphopt.passes.base import Pass
 from graphopt.passes.pipeline import PassStep, run_passes
@@ -30,7 +32,6 @@ if TYPE_CHECKING:
     from graphopt.comparison import StepComparison
     from graphopt.plan_file import PlanFile
 
-Boxed = Callable[[list[Any]], Sequence[Any]]
 ATTEMPTS = 6  # plans for one graph, each with less room, where Inductor holds more than planned
 
 
@@ -81,9 +82,11 @@ class GraphRecord:
 
     @property
     def kept_bytes(self) -> int:
-        """Bytes that the backward takes from the forward, inputs of the graph left out."""
-        saved = (n for n in saved_nodes(self.after) if n.op != "placeholder")
-        return sum(map(bytes_behind, saved))
+        """Bytes that the backward takes from the forward, with their block; inputs are left out."""
+        saved = [n for n in saved_nodes(self.after) if n.op != "placeholder"]
+        loose = sum(bytes_behind(n) for n in saved if not spots_of(n))
+        block = block_of(self.after.graph)
+        return loose + (block.nbytes if block and (block.keep or any(map(spots_of, saved))) else 0)
 
 
 @dataclass
@@ -171,6 +174,7 @@ class _Graph:
         self.unlikely: frozenset[str] = frozenset()
         self.full_backward: fx.GraphModule | None = None
         self.accumulation = Accumulation(())
+        self.blocks = Blocks()
         self.record: int | None = None
 
     def partition(
@@ -282,17 +286,17 @@ class _Graph:
 
     def compile_inference(self, module: fx.GraphModule, _inputs: Sequence[Any]) -> Boxed:
         """The forward alone, under no_grad."""
-        return _eager(self.planned_inference(module))
+        return eager(self.planned_inference(module).copy().module, self.blocks)
 
-    def planned_inference(self, module: fx.GraphModule) -> fx.GraphModule:
+    def planned_inference(self, module: fx.GraphModule) -> Program:
         """The forward alone, planned."""
         outputs: Any = module.graph.output_node().args[0]
         program = cleaned(program_of(module, len(outputs), self.frame), self.settings.compiler)
-        return self._run_passes(program, self.settings.inference_passes).module
+        return self._run_passes(program, self.settings.inference_passes)
 
     def compile_forward(self, module: fx.GraphModule, _inputs: Sequence[Any]) -> Boxed:
         """The forward of a training step."""
-        forward = _eager(module)
+        forward = eager(module, self.blocks)
 
         def run(arguments: list[Any]) -> Sequence[Any]:
             self.accumulation.note(arguments)
@@ -304,7 +308,7 @@ class _Graph:
     def compile_backward(self, module: fx.GraphModule, _inputs: Sequence[Any]) -> Boxed:
         """The backward; where an unlikely gradient does arrive, the one that expects all of them."""
         placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
-        return self.backward_of(placeholders, _eager(module, self.accumulation))
+        return self.backward_of(placeholders, eager_backward(module, self.blocks, self.accumulation))
 
     def backward_of(self, placeholders: Sequence[fx.Node], usual: Boxed) -> Boxed:
         """`usual` where no unlikely gradient arrives, else the full backward, in eager order."""
@@ -321,7 +325,7 @@ class _Graph:
             if expected or self.full_backward is None:
                 return usual(arguments)
             if not full:
-                full.append(_eager(self.full_backward, self.accumulation))
+                full.append(eager(self.full_backward, None, self.accumulation))
             return full[0](arguments)
 
         run._boxed_call = True  # type: ignore[attr-defined]
@@ -365,13 +369,6 @@ def _bytes_of_numbers(program: Program) -> int:
 
 def _names(nodes: Sequence[fx.Node]) -> list[str]:
     return [n.name for n in nodes]
-
-
-def _eager(module: fx.GraphModule, accumulation: Accumulation | None = None) -> Boxed:
-    overwrite_dead_operands(module)
-    if accumulation is not None:
-        accumulation.insert(module)
-    return boxed(module)
 
 
 def _noted(log: Log, graph: _Graph, compiled: Callable[..., Any]) -> Callable[..., Any]:

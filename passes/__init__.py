@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from graphopt.passes.arena import Arena
     from graphopt.passes.checkpoint import Checkpoint
     from graphopt.passes.fuse import Fuse
     from graphopt.passes.offload_optimizer import OffloadOptimizer
@@ -23,6 +24,7 @@ if __name__ != "graphopt.passes":
     raise ImportError(f"import this package as graphopt.passes, not as {__name__}")
 
 __all__ = [
+    "Arena",
     "Checkpoint",
     "Fuse",
     "OffloadOptimizer",
@@ -41,6 +43,7 @@ __all__ = [
 
 # Public name -> the module that defines it.
 _LAZY = {
+    "Arena": "graphopt.passes.arena",
     "Checkpoint": "graphopt.passes.checkpoint",
     "Fuse": "graphopt.passes.fuse",
     "OffloadOptimizer": "graphopt.passes.offload_optimizer",

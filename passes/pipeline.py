@@ -1,7 +1,7 @@
 """The one loop that runs passes."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from graphopt.cost_models.costs import Costs
 from graphopt.errors import GraphoptError
@@ -31,10 +31,14 @@ def run_passes(
 
     With `plans`, one for each pass, nothing is planned.
     """
-    steps = []
+    steps: list[PassStep] = []
+    first, limit = program, None
     for number, pass_ in enumerate(passes):
         begin = clock()
-        plan = pass_.plan(program, costs_of(program)) if plans is None else plans[number]
+        if plans is None:
+            plan = pass_.plan(program, replace(costs_of(program), limit_bytes=limit))
+        else:
+            plan = plans[number]
         changed = pass_.apply(program, plan)
         try:
             verify(changed, before=program, may_drop_gradients=pass_.drops_gradients)
@@ -42,4 +46,6 @@ def run_passes(
             raise type(error)(f"after pass {pass_.name}: {error}") from error
         steps.append(PassStep(pass_, plan, clock() - begin))
         program = changed
+        promised = (limit, pass_.limit_bytes(first, plan))
+        limit = min((bound for bound in promised if bound is not None), default=None)
     return program, tuple(steps)

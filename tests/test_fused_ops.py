@@ -56,7 +56,7 @@ def test_calls(over: tuple[int, int] | None) -> None:
         (found,) = call(*inputs)
         torch.testing.assert_close(found, expected)
         assert (over is not None) == any(found.data_ptr() == x.data_ptr() for x in inputs)
-    assert call._ready[-1](inputs) is not None
+    assert call._ready[-1](inputs, ()) is not None
     again = pickle.loads(pickle.dumps(call))
     assert (again.fused, again.over, again._ready) == (call.fused, over, {})
 

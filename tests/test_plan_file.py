@@ -62,6 +62,7 @@ def _sparse() -> Pass:
 
 
 PASSES: dict[str, tuple[Pass, str]] = {
+    "Arena": (graphopt.Arena(min_bytes=1024), "residual"),
     "Checkpoint": (Checkpoint(memory="min"), "residual"),
     "Fuse": (graphopt.Fuse(), "residual"),
     "OffloadSaved": (graphopt.OffloadSaved(memory=0.8, bytes_per_s=1e9), "perceptron"),
