@@ -19,7 +19,7 @@ class CudaBench:
     def __init__(
         self, kernel: "CudaKernel", inputs: Sequence[Tensor | float], out: Sequence[Tensor] | None
     ) -> None:
-        from graphopt.codegen.cuda_launch import Timer
+        from graphopt.codegen.cuda_runner import Timer
 
         self.kernel, self._inputs = kernel, inputs
         self._results = kernel(*inputs, out=out)

@@ -105,7 +105,7 @@ def optimized(source: Source, cache: Path | None = None) -> Any:
     kinds = {"i": numba.int64, "f": numba.float64}
     rows = numba.njit(error_model="numpy")(load(source.text, cache).rows)
     rows.compile(numba.void(*(kinds[k] for k in source.parameters)))
-    (compiled,) = rows.overloads.values()
+    compiled: Any = next(iter(rows.overloads.values()))
     found = compiled.library._final_module.clone()
     symbol = _SYMBOL.format(key_of(source.text))
     entry = _entry(symbol, compiled.fndesc.llvm_func_name, source.parameters)

@@ -32,7 +32,8 @@ def compare_numerics(after: Program, before: Program, tolerance: float = 1e-5) -
     """Raise VerifyError naming an output of `after` that differs too much from that of `before`."""
     with _disable_current_modes(), torch.no_grad(), torch.random.fork_rng():
         inputs = [made_up(n) for n in before.graph.nodes if n.op == "placeholder"]
-        expected, found = _run(before, inputs), _run(after, inputs)
+        expected: tuple[Any, ...] = _run(before, inputs)
+        found: tuple[Any, ...] = _run(after, inputs)
         rows = zip(after.outputs, expected, found, strict=True)
         wrong = {
             number: difference

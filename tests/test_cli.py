@@ -199,7 +199,8 @@ def test_version(output: Output) -> None:
 def test_passes_are_listed_with_their_options(output: Output) -> None:
     code, out, _ = output("passes")
     assert code == 0 and "checkpoint: Keep as much as fits, recompute the rest." in out
-    options = json.loads(output("passes", "--json")[1])[0]["options"]
+    rows = {row["name"]: row for row in json.loads(output("passes", "--json")[1])}
+    options = rows["checkpoint"]["options"]
     assert {"name": "hold_outputs", "type": "bool", "default": "False"} in options
 
 
