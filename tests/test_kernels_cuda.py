@@ -189,7 +189,7 @@ def test_fused_calls(device: str) -> None:
     call = FusedCall(dropped())
     for _ in range(2):
         torch.testing.assert_close(call(memory, seed, p)[0] != 0, dropped_ != 0)
-    assert call._ready[memory.get_device()]((memory, seed, p)) is None
+    assert call._ready[memory.get_device()]((memory, seed, p), ()) is None
 
 
 def test_the_fused_operator(device: str) -> None:

@@ -54,7 +54,7 @@ REFUSED = {
     "PackSaved(memory=1)": "PackSaved has no option 'memory'; it has none",
     "Checkpoint(memory=__import__('os').getcwd())": "an option is a number, a text, a list or None",
     "Checkpoint(memory=x)": "memory=x: an option is a number",
-    "Fuse(1, 2)": "Fuse has 1 options",
+    "Fuse(1, True, 2)": "Fuse has 2 options",
     "Fuse(1, min_bytes=2)": "min_bytes is given twice",
     "Fuse(**{})": "write each option with its name",
     "a.Fuse()": r"a.Fuse\(\) is not a pass",

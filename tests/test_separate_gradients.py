@@ -34,7 +34,7 @@ def convolutions(draw: st.DrawFn) -> tuple[nn.Module, Tensor]:
 
 
 @given(convolutions(), st.integers(0, 2**32 - 1))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_they_are_eagers(case: tuple[nn.Module, Tensor], seed: int) -> None:
     torch.manual_seed(seed)
     layer, x = case

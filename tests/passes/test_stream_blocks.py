@@ -86,7 +86,7 @@ FORMS = st.builds(
 )
 
 
-@settings(max_examples=25)
+@settings(max_examples=10)
 @given(FORMS, st.integers(1, 3), st.integers(1, 8), st.integers(1, 9), st.booleans())
 def test_losses_and_gradients_are_those_of_eager(
     form: Form, batch: int, length: int, parts: int, tied: bool

@@ -166,7 +166,7 @@ def held_bytes(others: list[Tensor]) -> int:
     return sum(s.nbytes() for address, s in storages.items() if address not in seen)
 
 
-@settings(max_examples=10)
+@settings(max_examples=5)
 @given(
     blocks=st.integers(2, 7),
     inner=st.sampled_from([64, 200, 1000]),
