@@ -9,15 +9,14 @@ from graphopt import GraphoptError, PlanError
 from graphopt.cost_models.devices import GENERIC_CPU, Cluster
 from graphopt.cost_models.link_costs import LinkCosts
 from graphopt.pass_syntax import parse_passes, pass_syntax, plan_class, program_passes
+from graphopt.passes.budget import Budget
 from graphopt.plan import Plan
 
 budgets = st.none() | st.just("min") | st.floats(0.1, 1.0) | st.integers(1, 2**40) | st.just("6GiB")
 
 
 @given(budgets, st.booleans(), st.sampled_from(["graph", "chain", "ilp"]), st.integers(0, 9))
-def test_what_is_printed_is_read_back(
-    memory: graphopt.passes.budget.Budget, hold: bool, solver: str, least: int
-) -> None:
+def test_what_is_printed_is_read_back(memory: Budget, hold: bool, solver: str, least: int) -> None:
     passes = [
         graphopt.Checkpoint(memory=memory, hold_outputs=hold, solver=solver),
         graphopt.Fuse(min_bytes=least),

@@ -405,6 +405,7 @@ def test_without_a_bound_nothing_waits() -> None:
     assert slow.offloads == () and slow.peak_bytes == slow.baseline_bytes
 
 
+@pytest.mark.slow
 def test_both_are_no_slower_than_either() -> None:
     program, costs = program_and_costs(Stack(6), torch.randn(256, 64))
     for rate in (1e8, 1e9, 1e10):
