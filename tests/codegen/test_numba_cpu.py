@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from random_regions import assert_no_worse, drawn_region
+from random_regions import assert_no_worse, drawn_region, integers_and_bools
 from torch import Tensor
 
 from graphopt import kernels
@@ -18,7 +18,7 @@ from graphopt.codegen.builder import Builder
 from graphopt.codegen.numba_cpu import NumbaKernel, compile_region
 from graphopt.codegen.numba_forms import Form
 from graphopt.codegen.numba_source import write
-from graphopt.codegen.region import Dtype, Extent, Region
+from graphopt.codegen.region import Dtype, Region
 from graphopt.errors import CodegenError
 
 INFINITY = float("inf")
@@ -124,20 +124,7 @@ def test_short_rows_become_vectors(columns: int) -> None:
 
 
 def test_integers_and_bools() -> None:
-    b = Builder()
-    x, mask = b.input("x", "float32"), b.input("mask", "bool")
-    row, flag = b.input("row", "int32", Extent.ROW), b.input("flag", "bool", Extent.SCALAR)
-    either = b.apply("logical_or", b.apply("logical_not", mask), flag)
-    kept = b.apply("where", b.apply("logical_and", mask, either), x, b.apply("to_float", row))
-    at = b.apply("where", b.apply("lt", b.apply("column_index"), row), row, 0)
-    region = b.region(
-        b.output("kept", kept, "float32"),
-        b.output("mask_too", either, "bool"),
-        b.output("at", b.apply("where", either, at, at), "int64"),
-        b.output("picked", b.gather(x, row), "float32"),
-        b.output("seen", b.gather(mask, row), "bool"),
-        b.output("row_too", row, "int32"),
-    )
+    region = integers_and_bools()
     inputs = torch.randn(4, 9), torch.rand(4, 9) < 0.5, torch.tensor([0, 8, -1, 9], dtype=torch.int32)
     for flag_given in (True, False):
         found = compile_region(region, None)(*inputs, flag_given)

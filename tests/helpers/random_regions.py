@@ -121,3 +121,21 @@ def assert_no_worse(
         errors = [(v.double() - x.double())[finite].abs().max() for v in (f, e)]
         bound = 2 * errors[1] + 4 * eps * x[finite].abs().max().clamp(min=size)
         assert errors[0] <= bound, f"{name}: error {errors[0]:.2e}, eager {errors[1]:.2e}"
+
+
+def integers_and_bools() -> Region:
+    """All that can be done with numbers that are no floats: inputs x, mask, row (by row) and flag."""
+    b = Builder()
+    x, mask = b.input("x", "float32"), b.input("mask", "bool")
+    row, flag = b.input("row", "int32", Extent.ROW), b.input("flag", "bool", Extent.SCALAR)
+    either = b.apply("logical_or", b.apply("logical_not", mask), flag)
+    kept = b.apply("where", b.apply("logical_and", mask, either), x, b.apply("to_float", row))
+    at = b.apply("where", b.apply("lt", b.apply("column_index"), row), row, 0)
+    return b.region(
+        b.output("kept", kept, "float32"),
+        b.output("mask_too", either, "bool"),
+        b.output("at", b.apply("where", either, at, at), "int64"),
+        b.output("picked", b.gather(x, row), "float32"),
+        b.output("seen", b.gather(mask, row), "bool"),
+        b.output("row_too", row, "int32"),
+    )

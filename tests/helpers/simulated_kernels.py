@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from random_regions import UNARY, assert_no_worse, drawn_region
+from random_regions import UNARY, assert_no_worse, drawn_region, integers_and_bools
 from torch import Tensor
 
 from graphopt.codegen import numba_cuda, reference, regions
@@ -21,7 +21,7 @@ from graphopt.codegen.cuda_form import Form, Size
 from graphopt.codegen.cuda_source import Source
 from graphopt.codegen.numba_cuda import NumbaCudaKernel, NumbaRunner
 from graphopt.codegen.numba_cuda_primitives import SIMULATED
-from graphopt.codegen.region import Dtype, Extent, Region
+from graphopt.codegen.region import Dtype, Region
 
 INFINITY = float("inf")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of divisions by zero
@@ -156,20 +156,7 @@ def test_dropout_draws_what_the_reference_draws() -> None:
 
 
 def test_integers_and_bools() -> None:
-    b = Builder()
-    x, mask = b.input("x", "float32"), b.input("mask", "bool")
-    row, flag = b.input("row", "int32", Extent.ROW), b.input("flag", "bool", Extent.SCALAR)
-    either = b.apply("logical_or", b.apply("logical_not", mask), flag)
-    kept = b.apply("where", b.apply("logical_and", mask, either), x, b.apply("to_float", row))
-    at = b.apply("where", b.apply("lt", b.apply("column_index"), row), row, 0)
-    region = b.region(
-        b.output("kept", kept, "float32"),
-        b.output("mask_too", either, "bool"),
-        b.output("at", b.apply("where", either, at, at), "int64"),
-        b.output("picked", b.gather(x, row), "float32"),
-        b.output("seen", b.gather(mask, row), "bool"),
-        b.output("row_too", row, "int32"),
-    )
+    region = integers_and_bools()
     for columns in (9, 16):
         row_given = torch.tensor([0, 8, -1, columns], dtype=torch.int32)
         inputs = torch.randn(4, columns), torch.rand(4, columns) < 0.5, row_given
